@@ -1,0 +1,197 @@
+"""The architecture of one model as a frozen, self-checking dataclass.
+
+Main entry: `MythosConfig`. Derived sizes are properties; nothing is mutated after construction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+MODEL_TYPE = "open_mythos"
+FORMAT_VERSION = 1
+_FOLDER_KEYS = {"model_type", "format_version"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MythosConfig:
+    """Sizes and choices of a recurrent-depth transformer; wrong ones raise `ValueError` naming the field.
+
+    The defaults are a byte-level model of about 0.3M parameters that runs anywhere.
+    """
+
+    # Sizes.
+    vocab_size: int = 256
+    dim: int = 128
+    max_seq_len: int = 1024
+    max_loop_iters: int = 8
+    """How often the recurrent block runs when a call does not say `n_loops`; no upper limit for calls that do."""
+    prelude_layers: int = 1
+    recurrent_layers: int = 1
+    """Layers inside the recurrent block, all of them run once per loop."""
+    coda_layers: int = 1
+    ffn_dim: int | None = None
+    """Hidden size of the dense SwiGLU layers; None means 4/3 of `dim`, rounded up to a multiple of 8."""
+    tie_embeddings: bool = True
+
+    # Attention.
+    attn_type: Literal["gqa", "mla"] = "gqa"
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    """Key and value heads of GQA; MLA has one latent for all heads and ignores it."""
+    qk_norm: bool = True
+    """RMSNorm on every query and key head of GQA (MLA normalises its latents instead)."""
+    attention_sink: bool = True
+    """A learned logit per head that takes probability and contributes nothing; anchors absolute position."""
+    window: int | None = None
+    """Sliding window of the recurrent block: how many positions a query sees, itself included. None sees all."""
+    outer_window: int | None = None
+    """Sliding window of the prelude's and the coda's layers."""
+    use_rope: bool = True
+    rope_theta: float = 10_000.0
+    kv_lora_rank: int = 32
+    q_lora_rank: int = 64
+    qk_rope_head_dim: int = 16
+    qk_nope_head_dim: int = 16
+    v_head_dim: int = 16
+
+    # Mixture of experts in the recurrent block.
+    n_experts: int = 0
+    """Routed experts; 0 makes the recurrent block's feed-forward a dense SwiGLU."""
+    n_shared_experts: int = 1
+    n_experts_per_tok: int = 2
+    expert_dim: int = 64
+    router_score: Literal["softmax", "sigmoid"] = "softmax"
+    routed_scale: float = 1.0
+    """Factor on the sum of the routed experts (DeepSeek-V3's `routed_scaling_factor`)."""
+    balance_rate: float = 0.01
+    """Step of the router bias per training forward; 0 switches balancing off."""
+
+    # The loop.
+    lora_rank: int = 0
+    """Rank of the depth adapter; 0 leaves it out."""
+    loop_embedding: bool = False
+    state_init: Literal["input", "zeros", "normal"] = "input"
+    """First state: the encoded input, zeros, or a truncated normal (drawn anew in every forward)."""
+    halting: Literal["act", "none"] = "act"
+    act_threshold: float = 0.99
+
+    # Numerics and generation.
+    dropout: float = 0.0
+    norm_eps: float = 1e-6
+    max_output_tokens: int = 4096
+    """The most tokens that one `generate` call may add."""
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        for name in _AT_LEAST_ONE:
+            self._require(name, getattr(self, name) >= 1, "an integer of at least 1")
+        for name in _AT_LEAST_ZERO:
+            self._require(name, getattr(self, name) >= 0, "a number of at least 0")
+        for name, accepted in _CHOICES.items():
+            self._require(name, getattr(self, name) in accepted, f"one of {', '.join(map(repr, accepted))}")
+        for name in ("window", "outer_window", "ffn_dim"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "None or an integer of at least 1")
+        self._require("act_threshold", 0 < self.act_threshold <= 1, "a number in (0, 1]")
+        self._require("dropout", 0 <= self.dropout < 1, "a number in [0, 1)")
+        self._require("norm_eps", self.norm_eps > 0, "a number above 0")
+        self._require("rope_theta", self.rope_theta > 0, "a number above 0")
+        self._check_attention()
+        if self.n_experts:
+            limit = f"an integer from 1 to n_experts ({self.n_experts})"
+            self._require("n_experts_per_tok", 1 <= self.n_experts_per_tok <= self.n_experts, limit)
+            self._require("expert_dim", self.expert_dim >= 1, "an integer of at least 1")
+
+    def _check_types(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kind = str(field.type)
+            if kind.startswith("int"):
+                ok = (isinstance(value, int) and not isinstance(value, bool)) or (value is None and "None" in kind)
+                self._require(field.name, ok, "an integer" + (" or None" if "None" in kind else ""))
+            elif kind == "float":
+                self._require(field.name, isinstance(value, int | float) and not isinstance(value, bool), "a number")
+            elif kind == "bool":
+                self._require(field.name, isinstance(value, bool), "True or False")
+
+    def _check_attention(self) -> None:
+        if self.attn_type == "mla":
+            for name in ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):
+                self._require(name, getattr(self, name) >= 1, "an integer of at least 1")
+            self._require("qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, "an even integer")
+            return
+        self._require("n_heads", self.dim % self.n_heads == 0, f"a divisor of dim ({self.dim})")
+        self._require("n_kv_heads", self.n_heads % self.n_kv_heads == 0, f"a divisor of n_heads ({self.n_heads})")
+        even = not self.use_rope or self.head_dim % 2 == 0
+        self._require("n_heads", even, f"such that dim / n_heads is even, as rotary positions need (dim is {self.dim})")
+
+    def _require(self, name: str, ok: bool, accepted: str) -> None:
+        if not ok:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {accepted}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one GQA head."""
+        return self.dim // self.n_heads
+
+    @property
+    def ffn_hidden(self) -> int:
+        """Hidden size of the dense SwiGLU layers."""
+        return self.ffn_dim if self.ffn_dim is not None else -(-4 * self.dim // 3 // 8) * 8
+
+    @property
+    def shared_dim(self) -> int:
+        """Hidden size of the shared experts taken together; each is as wide as a token's routed experts."""
+        return self.n_shared_experts * self.n_experts_per_tok * self.expert_dim
+
+    @property
+    def cache_widths(self) -> dict[str, tuple[int, ...]]:
+        """Names and trailing shapes of what one attention layer caches per token."""
+        if self.attn_type == "mla":
+            return {"c_kv": (self.kv_lora_rank,), "k_rope": (self.qk_rope_head_dim,)}
+        return {"k": (self.n_kv_heads, self.head_dim), "v": (self.n_kv_heads, self.head_dim)}
+
+    def replace(self, **changes: Any) -> MythosConfig:
+        """A checked copy with some fields changed."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for `config.json`."""
+        return {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> MythosConfig:
+        """The inverse of `to_dict`; unknown keys and newer formats raise `ValueError`."""
+        version = data.get("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ValueError(
+                f"format_version is {version!r}; this release reads versions up to {FORMAT_VERSION}: upgrade open-mythos"
+            )
+        model_type = data.get("model_type", MODEL_TYPE)
+        if model_type != MODEL_TYPE:
+            raise ValueError(f"model_type is {model_type!r}; it must be {MODEL_TYPE!r}")
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(data) - known - _FOLDER_KEYS)
+        if unknown:
+            raise ValueError(f"unknown config keys {unknown}; accepted: {sorted(known)}")
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+
+_AT_LEAST_ONE = (
+    "vocab_size",
+    "dim",
+    "max_seq_len",
+    "max_loop_iters",
+    "recurrent_layers",
+    "n_heads",
+    "n_kv_heads",
+    "max_output_tokens",
+)
+_AT_LEAST_ZERO = ("prelude_layers", "coda_layers", "n_experts", "n_shared_experts", "lora_rank", "balance_rate")
+_CHOICES = {
+    "attn_type": ("gqa", "mla"),
+    "router_score": ("softmax", "sigmoid"),
+    "state_init": ("input", "zeros", "normal"),
+    "halting": ("act", "none"),
+}

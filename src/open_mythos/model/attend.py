@@ -1,0 +1,139 @@
+"""Softmax attention with a causal or sliding-window mask, grouped heads and a learned sink.
+
+Main entry: `attend`. It picks among three exact implementations by device and size; naming one in `kernel` forces it.
+Shapes: B batch, Q queries, S keys, H query heads, K key heads, D key width, V value width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from open_mythos.model.derivatives import elementary_only
+from open_mythos.model.mask import AttentionMask
+
+Kernel = Literal["explicit", "flash_cpu", "sdpa"]
+
+# Below this many queries the per-head loop of PyTorch's CPU flash kernel costs more than writing the scores out.
+_FLASH_CPU_MIN_QUERIES = 48
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    sink: Tensor | None = None,
+    dropout: float = 0.0,
+    kernel: Kernel | None = None,
+) -> Tensor:
+    """Attention of q (B, Q, H, D) over k (B, S, K, D) and v (B, S, K, V); returns (B, Q, H, V).
+
+    `sink` (H,) holds one logit per query head: it enters the softmax's denominator and contributes no value, as in
+    gpt-oss (the idea is that of Xiao et al. 2023, arXiv 2309.17453).
+    """
+    k, v = k[:, mask.first_key :], v[:, mask.first_key :]
+    kernel = kernel or _pick_kernel(q, dropout)
+    if kernel == "flash_cpu":
+        return _flash_cpu(q, k, v, mask, scale, sink)
+    if sink is not None:  # one more key of zeros, whose bias is the sink's logit and whose value is zero
+        k, v = F.pad(k, (0, 0, 0, 0, 0, 1)), F.pad(v, (0, 0, 0, 0, 0, 1))
+    bias = _bias_with_sink(mask, sink, q)
+    return (_explicit if kernel == "explicit" else _sdpa)(q, k, v, bias, scale, dropout)
+
+
+def _pick_kernel(q: Tensor, dropout: float) -> Kernel:
+    if elementary_only():
+        return "explicit"
+    if q.device.type != "cpu":
+        return "sdpa"
+    return "explicit" if dropout > 0 or q.shape[1] < _FLASH_CPU_MIN_QUERIES else "flash_cpu"
+
+
+def _bias_with_sink(mask: AttentionMask, sink: Tensor | None, q: Tensor) -> Tensor | None:
+    """The additive mask, (Q, S) without and (H, Q, S + 1) with a sink; None if it would be all zeros."""
+    if sink is None:
+        return mask.bias
+    heads, queries, keys = q.shape[2], mask.n_queries, mask.n_keys - mask.first_key
+    seen = q.new_zeros(1, 1).expand(queries, keys) if mask.bias is None else mask.bias
+    logits = sink.to(q.dtype).view(heads, 1, 1).expand(heads, queries, 1)
+    return torch.cat([seen.expand(heads, queries, keys), logits], -1)
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float) -> Tensor:
+    """Scores written out, one matrix product per key head and sequence."""
+    (B, Q, H, D), (_, S, K, V) = q.shape, v.shape
+    G = H // K
+    queries = (q * scale).view(B, Q, K, G, D).permute(0, 2, 3, 1, 4).reshape(B * K, G * Q, D)
+    keys = k.permute(0, 2, 3, 1).reshape(B * K, D, S)
+    values = v.transpose(1, 2).reshape(B * K, S, V)
+    scores = torch.bmm(queries, keys).view(B, K, G, Q, S)
+    if bias is not None:
+        scores = scores + (bias if bias.dim() == 2 else bias.view(K, G, Q, S))
+    weights = scores.softmax(-1)
+    if dropout > 0:
+        weights = F.dropout(weights, dropout)
+    out = torch.bmm(weights.view(B * K, G * Q, S), values)
+    return out.view(B, K, G, Q, V).permute(0, 3, 1, 2, 4).reshape(B, Q, H, V)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float) -> Tensor:
+    """PyTorch's own dispatcher."""
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=bias if bias is None or bias.dim() == 2 else bias.unsqueeze(0),
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, sink: Tensor | None) -> Tensor:
+    """The CPU flash kernel behind SDPA, called directly because the sink needs its log-sum-exp."""
+    width = v.shape[-1]
+    v = F.pad(v, (0, q.shape[-1] - width))  # the kernel wants keys and values of one width
+    logits = q.new_full((q.shape[2],), float("-inf")) if sink is None else sink.to(q.dtype)
+    causal = mask.is_causal_square
+    bias = None if causal else mask.bias
+    out, _ = _CpuFlashWithSink.apply(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), logits, bias, causal, scale)
+    return out.transpose(1, 2)[..., :width]
+
+
+class _CpuFlashWithSink(torch.autograd.Function):
+    """Flash attention (Dao et al. 2022, arXiv 2205.14135), rescaled by what the sink leaves of the softmax.
+
+    Flash attention's backward recomputes the weights as `exp(score - lse)` and needs nothing else of the softmax.
+    Handed the output and the log-sum-exp *with* the sink, it returns the exact gradients of q, k and v. The sink's value
+    is zero, so its own gradient is `-weight_of_sink * sum(grad * out)`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor, bias: Tensor | None, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+        full = torch.logaddexp(lse, sink.to(lse.dtype).view(-1, 1))
+        out = out * (lse - full).exp().to(out.dtype).unsqueeze(-1)
+        ctx.save_for_backward(q, k, v, sink, bias, out, full)
+        ctx.causal, ctx.scale = causal, scale
+        ctx.mark_non_differentiable(full)
+        return out, full
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, sink, bias, out, full = ctx.saved_tensors
+        flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        dq, dk, dv = flash_backward(grad, q, k, v, out, full, 0.0, ctx.causal, attn_mask=bias, scale=ctx.scale)
+        sink_weight = (sink.to(full.dtype).view(-1, 1) - full).exp()
+        dsink = -(sink_weight * (grad * out).sum(-1)).sum((0, 2)).to(sink.dtype)
+        return dq, dk, dv, dsink, None, None, None

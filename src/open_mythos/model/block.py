@@ -1,0 +1,37 @@
+"""One pre-norm transformer layer: attention, then a feed-forward, each added to the stream.
+
+Main entry: `Block`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from open_mythos.config import MythosConfig
+from open_mythos.model.attention import GQAttention
+from open_mythos.model.cache import CacheAddress
+from open_mythos.model.context import ForwardContext
+from open_mythos.model.experts import MoEFFN
+from open_mythos.model.feed_forward import SwiGLU
+from open_mythos.model.latent_attention import MLAttention
+from open_mythos.model.norm import RMSNorm
+
+
+class Block(nn.Module):
+    """`x + attn(norm(x))`, then `x + ffn(norm(x))`; the feed-forward is a mixture of experts where `moe` says so."""
+
+    def __init__(self, config: MythosConfig, *, window: int | None, moe: bool) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attn = (MLAttention if config.attn_type == "mla" else GQAttention)(config, window)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = MoEFFN(config) if moe else SwiGLU(config.dim, config.ffn_hidden)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, context: ForwardContext, address: CacheAddress, active: Tensor | None = None) -> Tensor:
+        """(batch, seq, dim) to the same shape; `active` (batch, seq) marks positions that have not halted."""
+        x = x + self.dropout(self.attn(self.attn_norm(x), context, address, active))
+        normed = self.ffn_norm(x)
+        if context.expert_load is not None and isinstance(self.ffn, MoEFFN):
+            context.expert_load[address] = self.ffn.load(normed, active)
+        return x + self.dropout(self.ffn(normed))

@@ -1,0 +1,99 @@
+"""Mixture of experts: routed experts computed in groups, shared experts always on.
+
+Main entry: `MoEFFN`, as in DeepSeekMoE (arXiv 2401.06066), balanced without an auxiliary loss.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_mythos.config import MythosConfig
+from open_mythos.model.derivatives import elementary_only
+from open_mythos.model.feed_forward import SwiGLU
+from open_mythos.model.router import Routing, balance_step, count_load, route
+
+
+class Dispatch(NamedTuple):
+    """How tokens were sorted by expert: the token of each row, its slot in (tokens, k), and where each group ends."""
+
+    token: Tensor
+    slot: Tensor
+    group_ends: Tensor
+
+
+class MoEFFN(nn.Module):
+    """`router(x) + router_bias` ranks the experts; the `topk` best compute a token, beside the shared expert.
+
+    The bias is a running statistic like BatchNorm's: the model updates it after every forward in training mode.
+    """
+
+    router_bias: Tensor
+
+    def __init__(self, config: MythosConfig) -> None:
+        super().__init__()
+        self.n_experts, self.topk = config.n_experts, config.n_experts_per_tok
+        self.score, self.scale, self.balance_rate = config.router_score, config.routed_scale, config.balance_rate
+        self.router = nn.Linear(config.dim, self.n_experts, bias=False)
+        self.register_buffer("router_bias", torch.zeros(self.n_experts))
+        self.gate = nn.Parameter(torch.empty(self.n_experts, config.expert_dim, config.dim))
+        self.up = nn.Parameter(torch.empty(self.n_experts, config.expert_dim, config.dim))
+        self.down = nn.Parameter(torch.empty(self.n_experts, config.expert_dim, config.dim))
+        self.shared = SwiGLU(config.dim, config.shared_dim) if config.shared_dim else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) to (..., dim)."""
+        flat = x.reshape(-1, x.shape[-1])
+        routing = self.route(flat)
+        out = self._all_experts(flat, routing) if self._all_is_better(flat) else self._grouped(flat, routing)
+        if self.shared is not None:
+            out = out + self.shared(flat)
+        return out.view_as(x)
+
+    def route(self, x: Tensor) -> Routing:
+        """Experts and weights of every token of x (tokens, dim)."""
+        return route(self.router(x), self.router_bias, self.topk, self.score, self.scale)
+
+    @torch.no_grad()
+    def load(self, x: Tensor, active: Tensor | None = None) -> Tensor:
+        """How many slots each expert gets from the `active` (...) tokens of x (..., dim), by default all; (n_experts,)."""
+        experts = self.route(x.reshape(-1, x.shape[-1])).experts
+        return count_load(experts, self.n_experts, None if active is None else active.reshape(-1, 1).expand_as(experts))
+
+    @torch.no_grad()
+    def balance(self, load: Tensor) -> None:
+        """Move the router bias one step against the imbalance of `load` (n_experts,)."""
+        balance_step(self.router_bias, load, self.balance_rate)
+
+    def _all_is_better(self, x: Tensor) -> bool:
+        """With few experts one wide product beats sorting; it is also the form that any derivative goes through."""
+        aligned = all(size * x.element_size() % 16 == 0 for size in (x.shape[-1], self.down.shape[1]))  # grouped_mm's rule
+        return self.n_experts <= 2 * self.topk or not aligned or elementary_only()
+
+    def _all_experts(self, x: Tensor, routing: Routing) -> Tensor:
+        """Every expert on every token, weighted by 0 where not chosen."""
+        weights = routing.weights.to(x.dtype)
+        full = torch.zeros(x.shape[0], self.n_experts, dtype=x.dtype, device=x.device).scatter(1, routing.experts, weights)
+        hidden = F.silu(F.linear(x, self.gate.flatten(0, 1))) * F.linear(x, self.up.flatten(0, 1))
+        weighed = hidden.unflatten(-1, (self.n_experts, -1)) * full.unsqueeze(-1)
+        return weighed.flatten(1) @ self.down.flatten(0, 1)
+
+    def _grouped(self, x: Tensor, routing: Routing) -> Tensor:
+        """Tokens sorted by expert, one grouped product per projection."""
+        dispatch = self._dispatch(routing)
+        rows = x[dispatch.token]
+        gate = F.grouped_mm(rows, self.gate.transpose(1, 2), offs=dispatch.group_ends)
+        up = F.grouped_mm(rows, self.up.transpose(1, 2), offs=dispatch.group_ends)
+        weights = routing.weights.flatten()[dispatch.slot].to(x.dtype)
+        hidden = F.silu(gate) * up * weights.unsqueeze(-1)
+        out = F.grouped_mm(hidden, self.down, offs=dispatch.group_ends)
+        return torch.zeros_like(x).index_add(0, dispatch.token, out)
+
+    def _dispatch(self, routing: Routing) -> Dispatch:
+        flat = routing.experts.flatten()
+        slot = flat.argsort(stable=True)
+        group_ends = count_load(flat, self.n_experts).cumsum(0).to(torch.int32)
+        return Dispatch(slot // self.topk, slot, group_ends)

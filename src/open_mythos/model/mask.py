@@ -1,0 +1,47 @@
+"""Which keys a query may see: the causal past, or a sliding window of it.
+
+Main entry: `AttentionMask`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """The last `n_queries` of `n_keys` positions look back, each at itself and at most `window - 1` before it."""
+
+    n_queries: int
+    n_keys: int
+    window: int | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def first_key(self) -> int:
+        """The oldest key that any query sees; older ones need not be read at all."""
+        if self.window is None:
+            return 0
+        return max(0, self.n_keys - self.n_queries - self.window + 1)
+
+    @property
+    def is_causal_square(self) -> bool:
+        """True for the plain lower triangle, which kernels have a fast path for."""
+        return self.n_queries == self.n_keys and (self.window is None or self.window >= self.n_keys)
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """(n_queries, n_keys - first_key): 0 where visible, -inf where not; None if everything is visible."""
+        if self.n_queries == 1:
+            return None
+        keys = torch.arange(self.first_key, self.n_keys, device=self.device)
+        queries = torch.arange(self.n_keys - self.n_queries, self.n_keys, device=self.device).unsqueeze(-1)
+        hidden = keys > queries
+        if self.window is not None:
+            hidden = hidden | (keys <= queries - self.window)
+        return torch.zeros(hidden.shape, device=self.device, dtype=self.dtype).masked_fill_(hidden, float("-inf"))

@@ -1,0 +1,208 @@
+"""The recurrent-depth transformer.
+
+Main entry: `OpenMythos`. `encode`, `loop_step` and `decode` are the only forward pass; everything else calls them.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_mythos.config import MythosConfig
+from open_mythos.model import folder
+from open_mythos.model.block import Block
+from open_mythos.model.cache import CacheAddress, DictStore, PlainCache, Stage
+from open_mythos.model.checks import check_ids, check_loops, check_sampling
+from open_mythos.model.context import ForwardContext
+from open_mythos.model.experts import MoEFFN
+from open_mythos.model.init import init_weights
+from open_mythos.model.norm import RMSNorm
+from open_mythos.model.recurrent import RecurrentBlock
+
+
+@dataclass(frozen=True)
+class MythosOutput:
+    """Everything one forward pass can tell; `forward(..., full_output=True)` returns it.
+
+    B batch, S positions, T loops run, L layers of the recurrent block, E experts.
+    """
+
+    logits: Tensor
+    """(B, S, vocab_size)."""
+    ponder_cost: Tensor
+    """Scalar: mean loops run plus remainder (Graves 2016); differentiable; 0 without halting."""
+    exit_loops: Tensor
+    """(B, S): how many loops each position ran."""
+    halting_probabilities: Tensor | None
+    """(T, B, S) of what `ACTHalting` predicted; None without halting."""
+    expert_load: Tensor | None
+    """(T, L, E): slots that each routed expert received from active positions; None without experts."""
+    state: Tensor
+    """(B, S, dim): what the coda was given."""
+
+
+class OpenMythos(nn.Module):
+    """Prelude, one block looped `n_loops` times with the same weights, coda."""
+
+    def __init__(self, config: MythosConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.prelude = self._outer_blocks(config.prelude_layers)
+        self.prelude_norm = RMSNorm(config.dim, config.norm_eps)
+        self.recurrent = RecurrentBlock(config)
+        self.coda = self._outer_blocks(config.coda_layers)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self._cache_id = secrets.randbits(62)
+        init_weights(self, config)
+
+    def _outer_blocks(self, n_layers: int) -> nn.ModuleList:
+        return nn.ModuleList(Block(self.config, window=self.config.outer_window, moe=False) for _ in range(n_layers))
+
+    def encode(self, ids: Tensor, context: ForwardContext | None = None) -> Tensor:
+        """The encoded input e (batch, seq, dim) of token ids (batch, seq): embedding, prelude, norm."""
+        x = self.embed(ids) * self.config.dim**0.5
+        x = self._run(self.prelude, "prelude", x, context or self.context(ids.shape[1]))
+        return self.prelude_norm(x)
+
+    def loop_step(
+        self, h: Tensor, e: Tensor, t: int, context: ForwardContext | None = None, active: Tensor | None = None
+    ) -> Tensor:
+        """Loop t (from 0): the next state from state h and encoded input e, both (batch, seq, dim).
+
+        Positions where `active` (batch, seq) is False are frozen.
+        """
+        return self.recurrent.step(h, e, t, context or self.context(h.shape[1]), active)
+
+    def decode(self, h: Tensor, context: ForwardContext | None = None, *, last: int | None = None) -> Tensor:
+        """Logits (batch, seq, vocab_size) of a state h (batch, seq, dim): coda, norm, head; `last` keeps that many positions."""
+        x = self._run(self.coda, "coda", h, context or self.context(h.shape[1]))
+        if last is not None:
+            x = x[:, -last:]
+        return F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
+
+    def context(self, n_new: int, store: DictStore | None = None) -> ForwardContext:
+        """What the layers of one pass over `n_new` positions share."""
+        weight = self.embed.weight
+        return ForwardContext(self.config, n_new, weight.device, weight.dtype, store)
+
+    def _run(self, blocks: nn.ModuleList, stage: Stage, x: Tensor, context: ForwardContext) -> Tensor:
+        for layer, block in enumerate(blocks):
+            x = block(x, context, CacheAddress(stage, layer))
+        return x
+
+    def forward(
+        self,
+        ids: Tensor,
+        n_loops: int | Tensor | None = None,
+        kv_cache: PlainCache | None = None,
+        *,
+        full_output: bool = False,
+        last: int | None = None,
+    ) -> Tensor | MythosOutput:
+        """Logits (batch, seq, vocab_size) of token ids (batch, seq).
+
+        `n_loops` is one depth for all or one per sequence, (batch,); None means `max_loop_iters`. A plain dict passed as
+        `kv_cache` is filled, and continues the sequence when passed again. `last` computes logits for that many final
+        positions only. In training mode the routers' biases take one balancing step.
+
+        Raises `ValueError` for ids, loops or a cache that do not fit, before anything is computed or changed.
+        """
+        loops = check_loops(n_loops, ids, self.config)
+        store = None
+        if kv_cache is not None:
+            store = DictStore(kv_cache, self.config, self._cache_id, ids.shape[0], loops)
+        check_ids(ids, self.config, 0 if store is None else store.length)
+        context = self.context(ids.shape[1], store)
+        if self.config.n_experts and (self.training or full_output):
+            context.expert_load = {}
+        e = self.encode(ids, context)
+        result = self.recurrent(e, loops, context, keep_probabilities=full_output)
+        logits = self.decode(result.state, context, last=last)
+        if store is not None:
+            store.commit(result.exit_loops)
+        if self.training and context.expert_load:
+            self.balance(context.expert_load)
+        if not full_output:
+            return logits
+        load = _stack_load(context.expert_load, self.config.recurrent_layers) if context.expert_load else None
+        return MythosOutput(
+            logits, result.ponder_cost, result.exit_loops, result.halting_probabilities, load, result.state
+        )
+
+    def balance(self, expert_load: dict[CacheAddress, Tensor]) -> None:
+        """One step of every router bias against the load it saw, summed over loops."""
+        for layer, block in enumerate(self.recurrent.blocks):
+            assert isinstance(block, Block)
+            if isinstance(block.ffn, MoEFFN):
+                loads = [load for address, load in expert_load.items() if address.layer == layer]
+                block.ffn.balance(torch.stack(loads).sum(0))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int = 64,
+        n_loops: int | Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Append `max_new_tokens` tokens to ids (batch, seq), sampled one by one through a cache.
+
+        Temperature 0 takes the most likely token; `top_k` limits the choice to that many. Returns
+        (batch, seq + max_new_tokens).
+        """
+        check_sampling(ids, max_new_tokens, temperature, top_k, self.config)
+        was_training = self.training
+        self.eval()
+        try:
+            cache: PlainCache = {}
+            sequence, new = ids, ids
+            for _ in range(max_new_tokens):
+                logits = self(new, n_loops, cache, last=1)[:, -1]
+                new = _sample(logits, temperature, top_k, generator)
+                sequence = torch.cat([sequence, new], 1)
+            return sequence
+        finally:
+            self.train(was_training)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` to a model folder, each file whole or not at all."""
+        folder.save(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, device: str | torch.device = "cpu") -> OpenMythos:
+        """Read a model folder; the model is returned in evaluation mode.
+
+        Raises `ValueError` if the folder is incomplete, damaged, or was written by a newer version.
+        """
+        config = folder.load_config(directory)
+        with torch.device(device):
+            model = cls(config)
+        folder.load_weights(model, directory)
+        return model.eval()
+
+
+def _stack_load(expert_load: dict[CacheAddress, Tensor], n_layers: int) -> Tensor:
+    n_loops = len(expert_load) // n_layers
+    rows = [[expert_load[CacheAddress("recurrent", layer, t)] for layer in range(n_layers)] for t in range(n_loops)]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """One token per row of logits (batch, vocab_size); (batch, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        values, choices = logits.topk(top_k)
+        return choices.gather(-1, torch.multinomial(values.softmax(-1), 1, generator=generator))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)

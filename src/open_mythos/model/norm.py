@@ -1,0 +1,61 @@
+"""Root-mean-square normalisation, with a fused backward on CPU.
+
+Main entry: `RMSNorm`. PyTorch 2.13 fuses `rms_norm` on GPUs only; on a CPU its backward is seven passes over memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_mythos.model.derivatives import elementary_only
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * weight` over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm of `x` (..., dim); `weight` (dim,) scales the result, None leaves it at unit root mean square."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled() and not elementary_only():
+        return _CpuRMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, (x.shape[-1],), None if weight is None else weight.to(x.dtype), eps)
+
+
+class _CpuRMSNorm(torch.autograd.Function):
+    """The backward borrows LayerNorm's fused kernel.
+
+    With its mean set to 0, that kernel returns `rstd * (g - mean(g) - xhat * mean(g * xhat))` for `g = grad * weight`;
+    RMSNorm has no `mean(g)` term, so it is added back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        y = x * rstd
+        return y if weight is None else y.mul_(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, rstd = ctx.saved_tensors
+        dim, grad = x.shape[-1], grad.contiguous()
+        wanted = [True, weight is not None, False]
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, [dim], torch.zeros_like(rstd), rstd, weight, None, wanted
+        )
+        total = grad.sum(-1, keepdim=True) if weight is None else (grad @ weight).unsqueeze(-1)
+        return grad_x.addcmul_(rstd, total, value=1 / dim), grad_weight, None
