@@ -6,6 +6,7 @@ Main entry: `MythosConfig`. Derived sizes are properties; nothing is mutated aft
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from math import isfinite
 from typing import Any, Literal
 
 MODEL_TYPE = "open_mythos"
@@ -43,12 +44,14 @@ class MythosConfig:
     """RMSNorm on every query and key head of GQA (MLA normalises its latents instead)."""
     attention_sink: bool = True
     """A learned logit per head that takes probability and contributes nothing; anchors absolute position."""
-    window: int | None = None
-    """Sliding window of the recurrent block: how many positions a query sees, itself included. None sees all."""
-    outer_window: int | None = None
+    window: int | None | Literal["auto"] = "auto"
+    """Sliding window of the recurrent block: how many positions a query sees, itself included. None sees all; "auto"
+    is just wide enough for information to cross `max_seq_len` in a quarter of `max_loop_iters` loops."""
+    outer_window: int | None | Literal["auto"] = "auto"
     """Sliding window of the prelude's and the coda's layers."""
     use_rope: bool = True
-    rope_theta: float = 10_000.0
+    rope_theta: float | None = None
+    """Base of the rotary frequencies; None means ten times the window (the context, without one), at least 100."""
     kv_lora_rank: int = 32
     q_lora_rank: int = 64
     qk_rope_head_dim: int = 16
@@ -64,19 +67,22 @@ class MythosConfig:
     router_score: Literal["softmax", "sigmoid"] = "softmax"
     routed_scale: float = 1.0
     """Factor on the sum of the routed experts (DeepSeek-V3's `routed_scaling_factor`)."""
-    balance_rate: float = 0.01
+    balance_rate: float = 0.05
     """Step of the router bias per training forward; 0 switches balancing off."""
 
     # The loop.
     lora_rank: int = 0
     """Rank of the depth adapter; 0 leaves it out."""
     loop_embedding: bool = False
-    state_init: Literal["input", "zeros", "normal"] = "input"
-    """First state: the encoded input, zeros, or a truncated normal (drawn anew in every forward)."""
+    state_init: Literal["noise", "input", "zeros"] = "noise"
+    """First state: the encoded input, zeros, or in training noise of a random size around the zeros of inference."""
     halting: Literal["act", "none"] = "act"
     act_threshold: float = 0.99
 
     # Numerics and generation.
+    update_scale: float | None = None
+    """How many times faster than the optimizer's rate the blocks' matrices move under Adam; None means 512 / `dim`, so
+    that one rate serves every width (the rule of muP, Yang et al. 2022, arXiv 2203.03466)."""
     dropout: float = 0.0
     norm_eps: float = 1e-6
     max_output_tokens: int = 4096
@@ -90,13 +96,16 @@ class MythosConfig:
             self._require(name, getattr(self, name) >= 0, "a number of at least 0")
         for name, accepted in _CHOICES.items():
             self._require(name, getattr(self, name) in accepted, f"one of {', '.join(map(repr, accepted))}")
-        for name in ("window", "outer_window", "ffn_dim"):
+        for name in ("window", "outer_window"):
             value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "None or an integer of at least 1")
+            self._require(name, value in (None, "auto") or value >= 1, "'auto', None or an integer of at least 1")
+        self._require("ffn_dim", self.ffn_dim is None or self.ffn_dim >= 1, "None or an integer of at least 1")
         self._require("act_threshold", 0 < self.act_threshold <= 1, "a number in (0, 1]")
         self._require("dropout", 0 <= self.dropout < 1, "a number in [0, 1)")
         self._require("norm_eps", self.norm_eps > 0, "a number above 0")
-        self._require("rope_theta", self.rope_theta > 0, "a number above 0")
+        for name in ("rope_theta", "update_scale"):
+            value = getattr(self, name)
+            self._require(name, value is None or value > 0, "None or a number above 0")
         self._check_attention()
         if self.n_experts:
             limit = f"an integer from 1 to n_experts ({self.n_experts})"
@@ -105,13 +114,14 @@ class MythosConfig:
 
     def _check_types(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            kind = str(field.type)
+            value, kind = getattr(self, field.name), str(field.type)
+            if value is None and "None" in kind or value == "auto" and "auto" in kind:
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
             if kind.startswith("int"):
-                ok = (isinstance(value, int) and not isinstance(value, bool)) or (value is None and "None" in kind)
-                self._require(field.name, ok, "an integer" + (" or None" if "None" in kind else ""))
-            elif kind == "float":
-                self._require(field.name, isinstance(value, int | float) and not isinstance(value, bool), "a number")
+                self._require(field.name, number and isinstance(value, int), "an integer")
+            elif kind.startswith("float"):
+                self._require(field.name, number and isfinite(value), "a finite number")
             elif kind == "bool":
                 self._require(field.name, isinstance(value, bool), "True or False")
 
@@ -136,20 +146,45 @@ class MythosConfig:
         return self.dim // self.n_heads
 
     @property
+    def loop_reach(self) -> int | None:
+        """The recurrent block's window as a number; None where a query sees everything."""
+        return self._resolve(self.window)
+
+    @property
+    def outer_reach(self) -> int | None:
+        """The prelude's and coda's window as a number; None where a query sees everything."""
+        return self._resolve(self.outer_window)
+
+    def _resolve(self, window: int | str | None) -> int | None:
+        if isinstance(window, str):
+            return 1 - (-4 * self.max_seq_len // self.max_loop_iters)
+        return window
+
+    @property
+    def rotary_base(self) -> float:
+        """The base of the rotary frequencies."""
+        return self.rope_theta if self.rope_theta is not None else max(100.0, 10.0 * (self.loop_reach or self.max_seq_len))
+
+    @property
+    def matrix_update_scale(self) -> float:
+        """`update_scale` as a number."""
+        return self.update_scale if self.update_scale is not None else 512 / self.dim
+
+    @property
     def ffn_hidden(self) -> int:
         """Hidden size of the dense SwiGLU layers."""
         return self.ffn_dim if self.ffn_dim is not None else -(-4 * self.dim // 3 // 8) * 8
 
     @property
     def shared_dim(self) -> int:
-        """Hidden size of the shared experts taken together; each is as wide as a token's routed experts."""
-        return self.n_shared_experts * self.n_experts_per_tok * self.expert_dim
+        """Hidden size of the shared experts taken together; each is as wide as a routed one."""
+        return self.n_shared_experts * self.expert_dim
 
     @property
     def cache_widths(self) -> dict[str, tuple[int, ...]]:
         """Names and trailing shapes of what one attention layer caches per token."""
         if self.attn_type == "mla":
-            return {"c_kv": (self.kv_lora_rank,), "k_rope": (self.qk_rope_head_dim,)}
+            return {"latent": (self.kv_lora_rank + self.qk_rope_head_dim,)}
         return {"k": (self.n_kv_heads, self.head_dim), "v": (self.n_kv_heads, self.head_dim)}
 
     def replace(self, **changes: Any) -> MythosConfig:
@@ -192,6 +227,6 @@ _AT_LEAST_ZERO = ("prelude_layers", "coda_layers", "n_experts", "n_shared_expert
 _CHOICES = {
     "attn_type": ("gqa", "mla"),
     "router_score": ("softmax", "sigmoid"),
-    "state_init": ("input", "zeros", "normal"),
+    "state_init": ("noise", "input", "zeros"),
     "halting": ("act", "none"),
 }

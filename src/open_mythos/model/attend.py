@@ -41,10 +41,9 @@ def attend(
     kernel = kernel or _pick_kernel(q, dropout)
     if kernel == "flash_cpu":
         return _flash_cpu(q, k, v, mask, scale, sink)
-    if sink is not None:  # one more key of zeros, whose bias is the sink's logit and whose value is zero
-        k, v = F.pad(k, (0, 0, 0, 0, 0, 1)), F.pad(v, (0, 0, 0, 0, 0, 1))
-    bias = _bias_with_sink(mask, sink, q)
-    return (_explicit if kernel == "explicit" else _sdpa)(q, k, v, bias, scale, dropout)
+    if kernel == "explicit":
+        return _explicit(q, k, v, mask, scale, sink, dropout)
+    return _sdpa(q, k, v, mask, scale, sink, dropout)
 
 
 def _pick_kernel(q: Tensor, dropout: float) -> Kernel:
@@ -55,40 +54,52 @@ def _pick_kernel(q: Tensor, dropout: float) -> Kernel:
     return "explicit" if dropout > 0 or q.shape[1] < _FLASH_CPU_MIN_QUERIES else "flash_cpu"
 
 
-def _bias_with_sink(mask: AttentionMask, sink: Tensor | None, q: Tensor) -> Tensor | None:
-    """The additive mask, (Q, S) without and (H, Q, S + 1) with a sink; None if it would be all zeros."""
-    if sink is None:
-        return mask.bias
+def _explicit(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, sink: Tensor | None, dropout: float
+) -> Tensor:
+    """Scores written out, one matrix product per key head and sequence; a single query has no mask to add."""
+    (B, Q, H, D), (_, S, K, V) = q.shape, v.shape
+    G = H // K
+    queries = (q * scale).view(B, Q, K, G, D).permute(0, 2, 3, 1, 4).reshape(B * K, G * Q, D)
+    keys, values = k.permute(0, 2, 3, 1), v.transpose(1, 2)
+    bias = mask.bias
+    if sink is not None and bias is not None:  # one more key of zeros, whose bias is the sink's logit
+        keys, values = F.pad(keys, (0, 1)), F.pad(values, (0, 0, 0, 1))
+        bias = _bias_with_sink(mask, sink, q).view(K, G, Q, S + 1)
+    scores = torch.bmm(queries, keys.reshape(B * K, D, -1)).view(B, K, G, Q, -1)
+    if bias is not None:
+        scores = scores + bias
+    elif sink is not None:
+        scores = torch.cat([scores, sink.to(q.dtype).view(K, G, 1, 1).expand(B, K, G, Q, 1)], -1)
+    weights = scores.softmax(-1)
+    if dropout > 0:
+        weights = F.dropout(weights, dropout)
+    values = values.reshape(B * K, -1, V)
+    out = torch.bmm(weights.view(B * K, G * Q, -1)[..., : values.shape[1]], values)
+    return out.view(B, K, G, Q, V).permute(0, 3, 1, 2, 4).reshape(B, Q, H, V)
+
+
+def _bias_with_sink(mask: AttentionMask, sink: Tensor, q: Tensor) -> Tensor:
+    """The additive mask (H, Q, S + 1) with the sink's logits in its last column."""
     heads, queries, keys = q.shape[2], mask.n_queries, mask.n_keys - mask.first_key
-    seen = q.new_zeros(1, 1).expand(queries, keys) if mask.bias is None else mask.bias
+    seen = q.new_zeros(1, 1) if mask.bias is None else mask.bias
     logits = sink.to(q.dtype).view(heads, 1, 1).expand(heads, queries, 1)
     return torch.cat([seen.expand(heads, queries, keys), logits], -1)
 
 
-def _explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float) -> Tensor:
-    """Scores written out, one matrix product per key head and sequence."""
-    (B, Q, H, D), (_, S, K, V) = q.shape, v.shape
-    G = H // K
-    queries = (q * scale).view(B, Q, K, G, D).permute(0, 2, 3, 1, 4).reshape(B * K, G * Q, D)
-    keys = k.permute(0, 2, 3, 1).reshape(B * K, D, S)
-    values = v.transpose(1, 2).reshape(B * K, S, V)
-    scores = torch.bmm(queries, keys).view(B, K, G, Q, S)
-    if bias is not None:
-        scores = scores + (bias if bias.dim() == 2 else bias.view(K, G, Q, S))
-    weights = scores.softmax(-1)
-    if dropout > 0:
-        weights = F.dropout(weights, dropout)
-    out = torch.bmm(weights.view(B * K, G * Q, S), values)
-    return out.view(B, K, G, Q, V).permute(0, 3, 1, 2, 4).reshape(B, Q, H, V)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float) -> Tensor:
-    """PyTorch's own dispatcher."""
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, sink: Tensor | None, dropout: float
+) -> Tensor:
+    """PyTorch's own dispatcher; the sink is one more key of zeros."""
+    bias = mask.bias
+    if sink is not None:
+        k, v = F.pad(k, (0, 0, 0, 0, 0, 1)), F.pad(v, (0, 0, 0, 0, 0, 1))
+        bias = _bias_with_sink(mask, sink, q)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        attn_mask=bias if bias is None or bias.dim() == 2 else bias.unsqueeze(0),
+        attn_mask=bias,
         dropout_p=dropout,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
@@ -99,7 +110,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dr
 def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, sink: Tensor | None) -> Tensor:
     """The CPU flash kernel behind SDPA, called directly because the sink needs its log-sum-exp."""
     width = v.shape[-1]
-    v = F.pad(v, (0, q.shape[-1] - width))  # the kernel wants keys and values of one width
+    widest = max(q.shape[-1], width)  # the kernel wants keys and values of one width
+    q, k, v = (F.pad(x, (0, widest - x.shape[-1])) for x in (q, k, v))
     logits = q.new_full((q.shape[2],), float("-inf")) if sink is None else sink.to(q.dtype)
     causal = mask.is_causal_square
     bias = None if causal else mask.bias

@@ -5,6 +5,7 @@ Main entry: `Block`.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
@@ -18,10 +19,15 @@ from open_mythos.model.norm import RMSNorm
 
 
 class Block(nn.Module):
-    """`x + attn(norm(x))`, then `x + ffn(norm(x))`; the feed-forward is a mixture of experts where `moe` says so."""
+    """`x + c*attn(norm(x))`, then `x + c*ffn(norm(x))`; the feed-forward is a mixture of experts where `moe` says so.
+
+    The constant c is the config's `update_scale`. The norms' gains start at c and the matrices c times smaller, which
+    leaves the function of a new model as it is and makes an Adam step move the effective matrices c times further.
+    """
 
     def __init__(self, config: MythosConfig, *, window: int | None, moe: bool) -> None:
         super().__init__()
+        self.branch_scale = config.matrix_update_scale
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
         self.attn = (MLAttention if config.attn_type == "mla" else GQAttention)(config, window)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
@@ -30,8 +36,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: ForwardContext, address: CacheAddress, active: Tensor | None = None) -> Tensor:
         """(batch, seq, dim) to the same shape; `active` (batch, seq) marks positions that have not halted."""
-        x = x + self.dropout(self.attn(self.attn_norm(x), context, address, active))
+        attended = self.dropout(self.attn(self.attn_norm(x), context, address, active))
+        x = torch.add(x, attended, alpha=self.branch_scale)
         normed = self.ffn_norm(x)
         if context.expert_load is not None and isinstance(self.ffn, MoEFFN):
             context.expert_load[address] = self.ffn.load(normed, active)
-        return x + self.dropout(self.ffn(normed))
+        return torch.add(x, self.dropout(self.ffn(normed)), alpha=self.branch_scale)

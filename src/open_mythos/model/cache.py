@@ -133,7 +133,9 @@ class DictStore:
                 active = None if earlier is None else exits > address.loop
                 entries = {name: _active_rows(tensor, active) for name, tensor in entries.items()}
             stored = self._cache.get(address.key)
-            if stored is not None:
+            if stored is None:  # a copy: a slice would keep the whole projection it was cut from
+                entries = {name: tensor.clone() for name, tensor in entries.items()}
+            else:
                 join = 0 if address.stage == "recurrent" else 1
                 entries = {name: torch.cat([stored[name], tensor], join) for name, tensor in entries.items()}
             self._cache[address.key] = {name: tensor.detach() for name, tensor in entries.items()}

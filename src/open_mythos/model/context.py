@@ -5,6 +5,8 @@ Main entry: `ForwardContext`. It belongs to one pass; nothing in it outlives the
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,14 @@ from open_mythos.config import MythosConfig
 from open_mythos.model.cache import CacheAddress, KVStore, PassStore
 from open_mythos.model.mask import AttentionMask
 from open_mythos.model.rope import RotaryTable, rotary_table
+
+
+class Injected(NamedTuple):
+    """What the injection computes once per pass: the diagonal of A and `B*e`, for this encoded input e."""
+
+    e: Tensor
+    a: Tensor
+    be: Tensor
 
 
 class ForwardContext:
@@ -29,11 +39,12 @@ class ForwardContext:
         self.n_new, self.device, self.dtype = n_new, device, dtype
         self.expert_load: dict[CacheAddress, Tensor] | None = None
         """Slots per expert at each address, filled by the layers if it is a dict; None where nobody asks."""
+        self.injected: Injected | None = None
         self.rotary: RotaryTable | None = None
         if config.use_rope:
             positions = torch.arange(self.store.length, self.store.length + n_new, device=device)
             width = config.qk_rope_head_dim if config.attn_type == "mla" else config.head_dim
-            self.rotary = rotary_table(positions, width, config.rope_theta, dtype)
+            self.rotary = rotary_table(positions, width, config.rotary_base, dtype)
         self._masks: dict[int | None, AttentionMask] = {}
 
     def mask(self, window: int | None) -> AttentionMask:

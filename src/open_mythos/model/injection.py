@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from open_mythos.model.context import ForwardContext, Injected
+
 # Bounds on the decay rate dt * a. exp(-9) is normal in float16, exp(-0.01) is below 1 in bfloat16.
 _RATE_MIN, _RATE_MAX = 0.01, 9.0
 
@@ -35,6 +37,13 @@ class LTIInjection(nn.Module):
         bounded = middle + reach * torch.tanh((log_rate - middle) / reach)
         return torch.exp(-torch.exp(bounded)).to(self.log_a.dtype)
 
-    def forward(self, h: Tensor, e: Tensor) -> Tensor:
-        """`A*h + B*e` for the state h and the encoded input e, both (batch, seq, dim)."""
-        return torch.addcmul(self.B * e, self.get_A(), h)
+    def forward(self, h: Tensor, e: Tensor, context: ForwardContext | None = None) -> Tensor:
+        """`A*h + B*e` for the state h and the encoded input e, both (batch, seq, dim).
+
+        A and `B*e` are the same in every loop; a context computes them once.
+        """
+        if context is None:
+            return torch.addcmul(self.B * e, self.get_A(), h)
+        if context.injected is None or context.injected.e is not e:
+            context.injected = Injected(e, self.get_A(), self.B * e)
+        return torch.addcmul(context.injected.be, context.injected.a, h)

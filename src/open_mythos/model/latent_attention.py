@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.model.attend import attend
-from open_mythos.model.cache import CacheAddress, Entries
+from open_mythos.model.cache import CacheAddress
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.mask import AttentionMask
 from open_mythos.model.norm import RMSNorm
@@ -31,10 +31,9 @@ class MLAttention(nn.Module):
         self.config, self.window = config, window
         self.n_heads = config.n_heads
         self.nope_dim, self.rope_dim, self.v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        self.q_down = nn.Linear(config.dim, config.q_lora_rank, bias=False)
+        self.down = nn.Linear(config.dim, config.q_lora_rank + config.kv_lora_rank + self.rope_dim, bias=False)
         self.q_norm = RMSNorm(config.q_lora_rank, config.norm_eps)
         self.q_up = nn.Linear(config.q_lora_rank, self.n_heads * (self.nope_dim + self.rope_dim), bias=False)
-        self.kv_down = nn.Linear(config.dim, config.kv_lora_rank + self.rope_dim, bias=False)
         self.kv_norm = RMSNorm(config.kv_lora_rank, config.norm_eps)
         self.kv_up = nn.Linear(config.kv_lora_rank, self.n_heads * (self.nope_dim + self.v_dim), bias=False)
         self.out = nn.Linear(self.n_heads * self.v_dim, config.dim, bias=False)
@@ -52,13 +51,15 @@ class MLAttention(nn.Module):
         Where `active` (batch, seq) is False the position has halted: the latent of its last active loop serves.
         """
         context = context or ForwardContext(self.config, x.shape[1], x.device, x.dtype)
-        q = self.q_up(self.q_norm(self.q_down(x))).unflatten(-1, (self.n_heads, -1))
+        rank = self.config.kv_lora_rank
+        c_q, c_kv, k_rope = self.down(x).split([self.config.q_lora_rank, rank, self.rope_dim], -1)
+        q = self.q_up(self.q_norm(c_q)).unflatten(-1, (self.n_heads, -1))
         q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], -1)
-        c_kv, k_rope = self.kv_down(x).split([self.config.kv_lora_rank, self.rope_dim], -1)
         if context.rotary is not None:
             rotated = apply_rotary(torch.cat([q_rope, k_rope.unsqueeze(-2)], -2), context.rotary)
             q_rope, k_rope = rotated[..., :-1, :], rotated[..., -1, :]
-        seen = context.store.extend(address, {"c_kv": self.kv_norm(c_kv), "k_rope": k_rope}, active)
+        latent = torch.cat([self.kv_norm(c_kv), k_rope], -1)
+        seen = context.store.extend(address, {"latent": latent}, active)["latent"]
         mask = context.mask(self.window)
         attend_here = self._attend_absorbed if self._absorbing_is_cheaper(mask) else self._attend_rebuilt
         return self.out(attend_here(q_nope, q_rope, seen, mask).flatten(-2))
@@ -71,19 +72,20 @@ class MLAttention(nn.Module):
         rebuilt = queries * keys * (per_head + self.rope_dim) + keys * rank * per_head
         return absorbed < rebuilt
 
-    def _attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, seen: Entries, mask: AttentionMask) -> Tensor:
+    def _attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, mask: AttentionMask) -> Tensor:
         """One key head, the latent: `q (W_k c) = (q W_k) c` and `sum(p W_v c) = W_v sum(p c)`."""
         w_k, w_v = self.kv_up.weight.unflatten(0, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], 1)
         q = torch.cat([_per_head(q_nope, w_k), q_rope], -1)
-        k = torch.cat([seen["c_kv"], seen["k_rope"]], -1).unsqueeze(-2)
-        latent = self._attend(q, k, seen["c_kv"].unsqueeze(-2), mask)
-        return _per_head(latent, w_v.transpose(1, 2))
+        k = latent.unsqueeze(-2)
+        mixed = self._attend(q, k, k[..., : self.config.kv_lora_rank], mask)
+        return _per_head(mixed, w_v.transpose(1, 2))
 
-    def _attend_rebuilt(self, q_nope: Tensor, q_rope: Tensor, seen: Entries, mask: AttentionMask) -> Tensor:
+    def _attend_rebuilt(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, mask: AttentionMask) -> Tensor:
         """Keys and values of every head, from the latents."""
-        kv = self.kv_up(seen["c_kv"]).unflatten(-1, (self.n_heads, -1))
+        c_kv, k_rope = latent.split([self.config.kv_lora_rank, self.rope_dim], -1)
+        kv = self.kv_up(c_kv).unflatten(-1, (self.n_heads, -1))
         k_nope, v = kv.split([self.nope_dim, self.v_dim], -1)
-        k_rope = seen["k_rope"].unsqueeze(-2).expand(*k_nope.shape[:-1], -1)
+        k_rope = k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)
         return self._attend(torch.cat([q_nope, q_rope], -1), torch.cat([k_nope, k_rope], -1), v, mask)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:

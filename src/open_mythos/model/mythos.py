@@ -63,7 +63,7 @@ class OpenMythos(nn.Module):
         init_weights(self, config)
 
     def _outer_blocks(self, n_layers: int) -> nn.ModuleList:
-        return nn.ModuleList(Block(self.config, window=self.config.outer_window, moe=False) for _ in range(n_layers))
+        return nn.ModuleList(Block(self.config, window=self.config.outer_reach, moe=False) for _ in range(n_layers))
 
     def encode(self, ids: Tensor, context: ForwardContext | None = None) -> Tensor:
         """The encoded input e (batch, seq, dim) of token ids (batch, seq): embedding, prelude, norm."""
@@ -117,7 +117,7 @@ class OpenMythos(nn.Module):
         loops = check_loops(n_loops, ids, self.config)
         store = None
         if kv_cache is not None:
-            store = DictStore(kv_cache, self.config, self._cache_id, ids.shape[0], loops)
+            store = DictStore(kv_cache, self.config, self._cache_id, loops.shape[0], loops)
         check_ids(ids, self.config, 0 if store is None else store.length)
         context = self.context(ids.shape[1], store)
         if self.config.n_experts and (self.training or full_output):

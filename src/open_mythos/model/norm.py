@@ -5,6 +5,7 @@ Main entry: `RMSNorm`. PyTorch 2.13 fuses `rms_norm` on GPUs only; on a CPU its 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,9 +29,26 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """RMSNorm of `x` (..., dim); `weight` (dim,) scales the result, None leaves it at unit root mean square."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled() and not elementary_only():
-        return _CpuRMSNorm.apply(x, weight, eps)
+    if x.device.type == "cpu" and x.dtype == torch.float32 and not elementary_only():
+        if torch.is_grad_enabled():
+            return _CpuRMSNorm.apply(x, weight, eps)
+        return _scaled(x, _reciprocal_rms(x, eps), weight)
     return F.rms_norm(x, (x.shape[-1],), None if weight is None else weight.to(x.dtype), eps)
+
+
+@cache
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, device="cpu")
+
+
+def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(_scalar(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+
+
+def _scaled(x: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
+    y = x * rstd
+    return y if weight is None else y.mul_(weight)
 
 
 class _CpuRMSNorm(torch.autograd.Function):
@@ -42,11 +60,9 @@ class _CpuRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        rstd = _reciprocal_rms(x, eps)
         ctx.save_for_backward(x, weight, rstd)
-        y = x * rstd
-        return y if weight is None else y.mul_(weight)
+        return _scaled(x, rstd, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -36,7 +36,7 @@ class RecurrentBlock(nn.Module):
         self.config = config
         self.injection = LTIInjection(config.dim)
         self.blocks = nn.ModuleList(
-            Block(config, window=config.window, moe=config.n_experts > 0) for _ in range(config.recurrent_layers)
+            Block(config, window=config.loop_reach, moe=config.n_experts > 0) for _ in range(config.recurrent_layers)
         )
         self.loop_embedding = LoopEmbedding(config.dim) if config.loop_embedding else None
         self.adapter = DepthAdapter(config.dim, config.lora_rank) if config.lora_rank else None
@@ -48,20 +48,24 @@ class RecurrentBlock(nn.Module):
         return self.blocks[0]  # type: ignore[return-value]
 
     def initial_state(self, e: Tensor) -> Tensor:
-        """The state before the first loop, of e's shape."""
+        """The state before the first loop, of e's shape.
+
+        Noise teaches the loop to reach its answer from anywhere, so that states which training never ran deep enough to
+        see do not lead it astray (path independence, Anil et al. 2022, arXiv 2211.09961). Its size is drawn per
+        sequence from 0 to 1, so that the zeros of inference are among what was trained.
+        """
         if self.config.state_init == "input":
             return e
-        h = torch.zeros_like(e)
-        if self.config.state_init == "normal":
-            nn.init.trunc_normal_(h, std=0.4**0.5, a=-2.0, b=2.0)  # the standard deviation of Huginn, arXiv 2502.05171
-        return h
+        if self.config.state_init == "noise" and self.training:
+            return torch.randn_like(e) * torch.rand(e.shape[0], 1, 1, device=e.device, dtype=e.dtype)
+        return torch.zeros_like(e)
 
     def step(self, h: Tensor, e: Tensor, t: int, context: ForwardContext, active: Tensor | None = None) -> Tensor:
         """Loop t: the next state from the state h and the encoded input e, all (batch, seq, dim).
 
         Where `active` (batch, seq) is False the position has halted, and its state stays as it is.
         """
-        u = self.injection(h, e)
+        u = self.injection(h, e, context)
         if self.loop_embedding is not None:
             u = u + self.loop_embedding(t)
         x = u
@@ -78,24 +82,20 @@ class RecurrentBlock(nn.Module):
 
         Out of training, the loops end as soon as no position is active.
         """
-        most = int(n_loops.max())
-        budget = n_loops.to(e.device).unsqueeze(-1).expand(e.shape[:2])
         h = self.initial_state(e)
+        halting = ACTAccumulator(self.config.act_threshold, n_loops, e)
         if self.act is None:
-            uniform = bool((n_loops == most).all())
-            for t in range(most):
-                h = self.step(h, e, t, context, None if uniform else budget > t)
-            return LoopResult(h, budget, e.new_zeros(()), None)
-        halting = ACTAccumulator(self.config.act_threshold, budget)
+            for t in range(halting.most):
+                h = self.step(h, e, t, context, None if t < halting.fewest else halting.budget > t)
+            return LoopResult(h, halting.budget, e.new_zeros(()), None)
         probabilities: list[Tensor] = []
-        for t in range(most):
-            h = self.step(h, e, t, context, halting.active if t > 0 else None)
+        for t in range(halting.most):
+            h = self.step(h, e, t, context, halting.active)
             p = self.act(h)
             halting.update(h, p, t)
             if keep_probabilities:
                 probabilities.append(p)
-            if not self.training and not bool(halting.active.any()):
+            if not self.training and halting.finished:
                 break
-        assert halting.output is not None
         stacked = torch.stack(probabilities) if keep_probabilities else None
         return LoopResult(halting.output, halting.exit_loops, halting.ponder_cost, stacked)

@@ -1,0 +1,80 @@
+"""The command line: `mythos VERB`.
+
+Main entry: `main`. A verb is a module with a dataclass `Arguments`, which tyro fills, and a function `run`. It is
+imported only when it is called, so that help costs no more than Python's own start.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+
+from open_mythos import __version__
+
+_BAD_INPUT = 2
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One subcommand: where it lives, and what help says about it."""
+
+    module: str
+    summary: str
+    example: str
+
+
+VERBS = {
+    "inspect": Verb(
+        module="open_mythos.cli.inspect",
+        summary="parameters, FLOPs, memory plan, stability and routing of a model folder or a preset",
+        example="mythos inspect mythos_1b --seq-len 4096 --dtype bfloat16",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, or 2 for input that cannot be used, told in one line."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if words else _BAD_INPUT
+    if words[0] in ("-V", "--version"):
+        print(f"mythos {__version__}")
+        return 0
+    try:
+        _run(words[0], words[1:])
+    except (ValueError, OSError) as error:
+        print(f"mythos: {error}", file=sys.stderr)
+        return _BAD_INPUT
+    except KeyboardInterrupt:
+        print("mythos: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _run(name: str, words: list[str]) -> None:
+    if name not in VERBS:
+        close = get_close_matches(name, VERBS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"verb is {name!r}; it must be one of {', '.join(VERBS)}{hint}")
+    import tyro
+
+    module = import_module(VERBS[name].module)
+    module.run(tyro.cli(module.Arguments, prog=f"mythos {name}", args=words, description=module.__doc__))
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    examples = "\n".join(f"  {verb.example}" for verb in VERBS.values())
+    return (
+        "usage: mythos VERB [options]\n\n"
+        "Recurrent-depth transformers: train them, turn the depth knob, look inside.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        f"examples:\n{examples}\n\n"
+        "`mythos VERB --help` lists a verb's options; `mythos --version` prints the version."
+    )

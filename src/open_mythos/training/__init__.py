@@ -1,0 +1,1 @@
+"""Training: depth plans, losses, the loop."""

@@ -1,0 +1,73 @@
+"""Every measurement can be drawn."""
+
+import builtins
+import io
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from analysis.models import halting_model, random_ids
+from open_mythos.analysis import plots
+from open_mythos.analysis.depth_sweep import depth_sweep
+from open_mythos.analysis.halting import halting_matrix
+from open_mythos.analysis.kv_memory import compare_kv_cache
+from open_mythos.analysis.memory_plan import plan_inference, plan_training
+from open_mythos.analysis.routing import expert_load
+from open_mythos.analysis.stability import stability
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.presets import mythos_1b, mythos_tiny
+
+MODEL = halting_model(mythos_tiny())
+IDS = random_ids(MODEL.config, 2, 8)
+DRAWINGS: dict[str, Callable[[], Figure]] = {
+    "kv_cache": lambda: plots.kv_cache(
+        compare_kv_cache(MODEL, OpenMythos(mythos_tiny().replace(attn_type="mla")), 8, 2)
+    ),
+    "memory_plan": lambda: plots.memory_plan(
+        {"serve": plan_inference(mythos_1b()), "train": plan_training(mythos_1b())}
+    ),
+    "stability": lambda: plots.stability(stability(MODEL, IDS, 4)),
+    "depth_sweep": lambda: plots.depth_sweep(depth_sweep(MODEL, (IDS, IDS), [1, 2, 4]), trained_loops=2, chance=0.5),
+    "depth_sweep_loss": lambda: plots.depth_sweep(depth_sweep(MODEL, (IDS, IDS), [1, 2]), measure="loss"),
+    "halting": lambda: plots.halting(halting_matrix(MODEL, IDS, 6)),
+    "expert_load": lambda: plots.expert_load(expert_load(MODEL, IDS, 3)),
+    "training_loss": lambda: plots.training_loss([2.0, 1.0, 0.5, 0.4]),
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_it_draws(name: str) -> None:
+    figure = DRAWINGS[name]()
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    assert len(file.getvalue()) > 5_000
+    assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes)
+
+
+def test_no_global_state_is_touched() -> None:
+    DRAWINGS["training_loss"]()
+    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_a_missing_matplotlib_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without_matplotlib(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    with pytest.raises(ImportError, match=r"pip install 'open-mythos\[plots\]'"):
+        plots.training_loss([1.0])
+
+
+def test_bad_input_is_named() -> None:
+    rows = depth_sweep(MODEL, (IDS, IDS), [1], exact_match=False)
+    with pytest.raises(ValueError, match="measure is 'speed'; it must be 'loss', 'accuracy' or 'exact_match'"):
+        plots.depth_sweep(rows, measure="speed")
+    with pytest.raises(ValueError, match="rows has no exact_match"):
+        plots.depth_sweep(rows, measure="exact_match")
