@@ -1,7 +1,7 @@
 """Configs and models small enough for a test of milliseconds, with weights far from their initial values.
 
-Main entries: `tiny_config`, `tiny_model`, `random_ids`. Initial weights would hide mistakes: gains are 1 there, sinks and
-router biases 0, adapters silent, and every position halts at the same loop.
+Main entries: `tiny_config`, `tiny_model`, `random_ids`. Initial weights would hide mistakes: gains are 1 there,
+sinks and router biases 0, adapters silent, and every position halts at the same loop.
 """
 
 from __future__ import annotations

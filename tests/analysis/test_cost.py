@@ -1,8 +1,5 @@
 """Counts from the config equal what the real model has and does."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -48,7 +45,7 @@ def stage_counts(model: OpenMythos) -> dict[str, int]:
     return counts
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(config=CONFIGS)
 def test_every_stages_parameters_are_counted(config: MythosConfig) -> None:
     with torch.device("meta"):
@@ -73,35 +70,38 @@ def test_visible_pairs_are_those_of_the_mask(window: int | None) -> None:
     assert visible_pairs(7, window) == int((bias == 0).sum())
 
 
-def variants() -> Iterator[Any]:
-    base = mythos_tiny()
-    yield pytest.param(base, id="gqa-moe")
-    yield pytest.param(base.replace(attn_type="mla", kv_lora_rank=24), id="mla-rebuilt")
-    yield pytest.param(base.replace(attn_type="mla", kv_lora_rank=8), id="mla-latent")
-    yield pytest.param(base.replace(n_experts=0, lora_rank=0, tie_embeddings=False, halting="none"), id="dense")
+BASE = mythos_tiny().replace(window=None, outer_window=None, loop_embedding=False)
+VARIANTS = {
+    "gqa-moe": BASE,
+    "mla-rebuilt": BASE.replace(attn_type="mla", kv_lora_rank=24),
+    "mla-latent": BASE.replace(attn_type="mla", kv_lora_rank=8),
+    "dense": BASE.replace(n_experts=0, lora_rank=0, tie_embeddings=False, halting="none"),
+}
+
+
+def grouped_flops(rows: tuple[int, int], weights: tuple[int, int, int], *_: object, **__: object) -> int:
+    """Of a grouped matrix product, which the counter does not know: every row meets one group's matrix."""
+    return 2 * rows[0] * rows[1] * weights[2]
 
 
 def measured_flops(model: OpenMythos, seq_len: int, n_loops: int) -> int:
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops})
     with torch.no_grad(), counter:
         model(torch.zeros(2, seq_len, dtype=torch.long), n_loops)
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("config", variants())
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("seq_len", [4, 16])
 def test_flops_equal_torchs_counter(config: MythosConfig, seq_len: int) -> None:
-    """Short sequences use the kernel that also computes masked pairs and a sink, so those are added for the comparison.
-
-    The halting probability's product with one vector may be done without a matrix product, hence the tolerance of 1%.
-    """
+    """Exactly. Short sequences use the kernel that also computes masked pairs, so those are added for the comparison."""
     model = OpenMythos(config.replace(attention_sink=False)).eval()
     flops = forward_flops(config, seq_len)
     layers = config.prelude_layers + config.coda_layers
     masked = pair_flops(config) * (seq_len**2 - visible_pairs(seq_len, None)) / seq_len
     for n_loops in (1, 3):
         expected = flops.total(n_loops) + masked * (layers + n_loops * config.recurrent_layers)
-        assert measured_flops(model, seq_len, n_loops) == pytest.approx(2 * seq_len * expected, rel=0.01)
+        assert measured_flops(model, seq_len, n_loops) == pytest.approx(2 * seq_len * expected, rel=1e-9)
 
 
 def test_flops_grow_by_one_loop_per_loop() -> None:

@@ -7,16 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from analysis.models import halting_model, random_ids
 from open_mythos.analysis.depth_sweep import depth_sweep, states_by_loop
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.presets import mythos_tiny
+from tiny import random_ids, tiny_model
 
 
 @pytest.mark.parametrize("changes", [{"halting": "none"}, {}, {"attn_type": "mla"}])
 def test_states_are_those_of_a_forward_pass_of_each_depth(changes: dict[str, Any]) -> None:
     config = mythos_tiny().replace(**changes)
-    model = OpenMythos(config).eval() if config.halting == "none" else halting_model(config)
+    model = tiny_model(config)
     ids = random_ids(config, 3, 9)
     with torch.no_grad():
         context = model.context(9)
@@ -24,8 +24,8 @@ def test_states_are_those_of_a_forward_pass_of_each_depth(changes: dict[str, Any
         exits = set()
         for depth, state in found.items():
             alone = model(ids, depth, full_output=True)
-            torch.testing.assert_close(state, alone.state, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(model.decode(state, context), alone.logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(state, alone.state, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(model.decode(state, context), alone.logits, rtol=1e-3, atol=1e-3)
             exits |= set(alone.exit_loops.flatten().tolist())
     assert list(found) == [1, 2, 3, 5, 20]
     assert config.halting == "none" or len(exits) > 3  # positions really stopped at different loops
@@ -71,7 +71,7 @@ def test_bad_input_is_named() -> None:
     model = OpenMythos(mythos_tiny())
     ids = random_ids(model.config, 1, 4)
     for loops in ([], [0, 2]):
-        with pytest.raises(ValueError, match="loops is .*; it must hold integers of at least 1"):
+        with pytest.raises(ValueError, match=r"loops is .*; it must hold integers of at least 1"):
             depth_sweep(model, (ids, ids), loops)
     with pytest.raises(ValueError, match=r"targets has shape \(1, 3\); it must be that of ids, \(1, 4\)"):
         depth_sweep(model, (ids, ids[:, 1:]), [1])

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from analysis.models import random_ids
 from open_mythos.analysis.finite import NonFiniteError, check_finite, non_finite_weights
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.presets import mythos_tiny
+from tiny import random_ids
 
 IDS = random_ids(mythos_tiny(), 1, 5)
 

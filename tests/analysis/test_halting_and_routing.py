@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from analysis.models import halting_model, random_ids
 from open_mythos.analysis.halting import halting_matrix
 from open_mythos.analysis.routing import ExpertLoad, expert_load
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.presets import mythos_tiny
+from tiny import random_ids, tiny_model
 
 
 def test_halting_matrix_is_loops_by_positions_with_exit_loops() -> None:
-    model = halting_model(mythos_tiny())
+    model = tiny_model(mythos_tiny())
     ids = random_ids(model.config, 2, 7)
     with torch.no_grad():
         output = model(ids, 10, full_output=True)
@@ -31,7 +31,7 @@ def test_halting_needs_act() -> None:
 
 
 def test_load_counts_every_slot_of_every_active_position() -> None:
-    model = halting_model(mythos_tiny().replace(recurrent_layers=2))
+    model = tiny_model(mythos_tiny().replace(recurrent_layers=2))
     ids = random_ids(model.config, 3, 11)
     report = expert_load(model, ids, 6)
     exits = torch.tensor(halting_matrix(model, ids, 6).exit_loops)

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from analysis.models import halting_model, random_ids
 from open_mythos.analysis.kv_memory import compare_kv_cache, kv_cache_bytes, measured_cache_bytes
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.presets import mythos_tiny, mythos_tutorial_gqa, mythos_tutorial_mla
+from tiny import random_ids, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_plan_is_exact(attn_type: str, dtype: torch.dtype, batch: int) -> None:
-    config = mythos_tiny().replace(attn_type=attn_type, halting="none", recurrent_layers=2, coda_layers=2)
+    config = tiny_config(attn_type, halting="none", recurrent_layers=2, coda_layers=2)
     model = OpenMythos(config).to(dtype).eval()
     cache: dict[str, dict[str, torch.Tensor]] = {}
     with torch.no_grad():
@@ -24,8 +24,8 @@ def test_the_plan_is_exact(attn_type: str, dtype: torch.dtype, batch: int) -> No
 
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
 def test_the_plan_is_exact_when_positions_halt(attn_type: str) -> None:
-    config = mythos_tiny().replace(attn_type=attn_type)
-    model = halting_model(config)
+    config = tiny_config(attn_type)
+    model = tiny_model(config)
     cache: dict[str, dict[str, torch.Tensor]] = {}
     with torch.no_grad():
         exits = [model(random_ids(config, 2, new, new), 12, cache, full_output=True).exit_loops for new in (10, 1, 3)]

@@ -8,20 +8,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from analysis.models import random_ids
 from open_mythos.analysis.memory_plan import plan_inference, plan_training
 from open_mythos.config import MythosConfig
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.presets import mythos_tiny, mythos_tutorial_gqa, mythos_tutorial_mla
+from tiny import random_ids
 
 
-class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes of the distinct storages that autograd saves within this context, the model's parameters aside."""
+class SavedBytes:
+    """Counts the bytes of the storages that autograd saves within this context, the parameters aside."""
 
     def __init__(self, model: OpenMythos) -> None:
         self._known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         self._kept: dict[int, Tensor] = {}  # keeps each tensor alive, so that no address is used twice
-        super().__init__(self._pack, lambda tensor: tensor)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def __enter__(self) -> "SavedBytes":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
 
     def _pack(self, tensor: Tensor) -> Tensor:
         address = tensor.untyped_storage().data_ptr()

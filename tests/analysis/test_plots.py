@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from analysis.models import halting_model, random_ids
 from open_mythos.analysis import plots
 from open_mythos.analysis.depth_sweep import depth_sweep
 from open_mythos.analysis.halting import halting_matrix
@@ -19,8 +18,9 @@ from open_mythos.analysis.routing import expert_load
 from open_mythos.analysis.stability import stability
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.presets import mythos_1b, mythos_tiny
+from tiny import random_ids, tiny_model
 
-MODEL = halting_model(mythos_tiny())
+MODEL = tiny_model(mythos_tiny())
 IDS = random_ids(MODEL.config, 2, 8)
 DRAWINGS: dict[str, Callable[[], Figure]] = {
     "kv_cache": lambda: plots.kv_cache(

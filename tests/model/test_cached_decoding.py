@@ -158,7 +158,7 @@ def test_the_cache_stores_only_rows_that_were_computed(attn_type: str, halting: 
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
 @torch.no_grad()
 def test_the_cache_keeps_no_larger_tensor_alive(attn_type: str, batch: int) -> None:
-    """A slice of the joint projection would keep queries in memory: what is counted is what is held, give or take growth."""
+    """A slice of the joint projection would keep queries in memory: what is counted is what is held."""
     config = tiny_config(attn_type)
     cache: PlainCache = {}
     tiny_model(config)(random_ids(config, batch, 32), 3, cache)

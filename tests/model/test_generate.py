@@ -54,7 +54,7 @@ def test_a_generator_makes_sampling_repeatable_and_leaves_the_global_state_alone
 
 
 def test_samples_follow_the_softmax() -> None:
-    """2000 draws of one token; each frequency lies within 0.05, more than four standard deviations, of its probability."""
+    """2000 draws of one token; each frequency within 0.05, over four standard deviations, of its probability."""
     config = tiny_config()
     model, ids = tiny_model(config), random_ids(config, 1, 3)
     expected = model(ids, 3)[0, -1].div(0.8).softmax(-1)

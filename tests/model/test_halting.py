@@ -15,7 +15,7 @@ from tiny import random_ids, tiny_config, tiny_model
 
 
 def _recovered_weights(probabilities: Tensor, n_loops: Tensor, threshold: float) -> tuple[Tensor, ACTAccumulator]:
-    """Weights (batch, seq, loops) that the accumulator gives: loop t's state is the unit vector t, so the output is they."""
+    """The accumulator's weights (batch, seq, loops): with loop t's state the unit vector t, they are its output."""
     loops, batch, seq = probabilities.shape
     states = torch.eye(loops, dtype=probabilities.dtype)
     halting = ACTAccumulator(threshold, n_loops, probabilities.new_zeros(batch, seq, loops))
@@ -136,7 +136,7 @@ def test_loops_beyond_the_last_exit_change_nothing() -> None:
     config = tiny_config()
     model, ids = tiny_model(config), random_ids(config, 2, 5)
     with torch.no_grad():
-        model.recurrent.act.halt.bias.fill_(0.5)
+        model.recurrent.act.halt.weight.mul_(0.2)
     deepest = int(model(ids, 60, full_output=True).exit_loops.max())
     assert 2 < deepest < 59
     assert torch.equal(model(ids, deepest + 1), model(ids, 60))

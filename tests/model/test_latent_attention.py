@@ -59,6 +59,6 @@ def test_decoding_attends_in_the_latent_space() -> None:
 @pytest.mark.parametrize("v_head_dim", [2, 10, 16])
 @pytest.mark.parametrize("seq", [5, 50])
 def test_values_may_be_narrower_or_wider_than_keys(v_head_dim: int, seq: int) -> None:
-    """The CPU flash kernel wants keys and values of one width: padding only the values cropped those wider than keys."""
+    """The CPU flash kernel wants keys and values of one width: padding the values alone cropped wider ones."""
     attn = _attention(v_head_dim=v_head_dim)
     assert attn(torch.randn(2, seq, attn.config.dim)).shape == (2, seq, attn.config.dim)

@@ -56,7 +56,7 @@ def _loops(model: OpenMythos, e: Tensor, budget: int) -> tuple[Tensor, list[int]
     """The state for the coda, and loops run and ponder cost of every position."""
     c, recurrent = model.config, model.recurrent
     positions = range(len(e))
-    h = [row for row in (e if c.state_init == "input" else torch.zeros_like(e))]
+    h = list(e if c.state_init == "input" else torch.zeros_like(e))
     states: list[list[Tensor]] = [[] for _ in positions]
     probabilities: list[list[float]] = [[] for _ in positions]
     kept: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in recurrent.blocks]

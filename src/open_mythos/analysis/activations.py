@@ -1,10 +1,10 @@
 """How many numbers autograd keeps for the backward pass, estimated from the config.
 
 Main entry: `saved_activations`. Counted by reading which operands each operation's backward needs, with an attention
-kernel that does not store its weights. Against the storages that saved-tensor hooks see in float32 on a CPU, the
-estimate is within 10% for sequences of 48 tokens and more, GQA and MLA, dense and MoE (tests/analysis/test_memory_plan).
-Shorter ones use a kernel that stores `n_heads * seq_len` weights per token, which is not counted. Dropout, which is off
-by default, adds a byte per number it acts on.
+kernel that does not store its weights. Against the storages that saved-tensor hooks see in float32 on a CPU, it came
+within 4% for GQA and MLA, dense and MoE, from 64 tokens on; tests/analysis/test_memory_plan.py holds it to 10%.
+Under 48 tokens the CPU uses a kernel that stores `n_heads * seq_len` weights per token, which are not counted. Dropout,
+off by default, adds a byte per number it acts on.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def saved_activations(config: MythosConfig, n_loops: int, *, checkpoint_loops: b
 
 
 def _embedding_and_head(config: MythosConfig) -> int:
-    """Two norms with input and output, and the loss's log-probabilities."""
-    return 4 * config.dim + config.vocab_size
+    """Two norms with input and output, the first state, and the loss's log-probabilities."""
+    return 5 * config.dim + config.vocab_size
 
 
 def _layer(config: MythosConfig, *, moe: bool) -> int:

@@ -12,7 +12,7 @@ With `n` the unit-rms vector that a norm makes of any input, `|n|_2 <= sqrt(dim)
   Summed with `|D_cj|` that bounds channel c. So does `max_j |D_cj| |a|_2 |b|_2`, with `|a|_2 <= sqrt(dim) sigma(P)` and
   `|b|_2 <= sqrt(dim) sigma(Q)`, sigma the largest singular value. The smaller one counts.
 - Routed experts have positive weights that sum to at most `routed_scale`, so the largest expert's bound times that.
-- Layers add up, whatever the later ones read, because each reads a normed vector.
+- Each layer scales its branches by a constant. Layers add up, whatever the later ones read: each reads a normed vector.
 - The depth adapter reads the sum F of the branches; its factors in loop t lie between `settled` and
   `settled + transient`, since `0 < decay^t <= 1`. So it adds at most `|U| max|scale| |D| max|F|`, with absolute values.
 
@@ -39,7 +39,7 @@ def branch_bound(recurrent: RecurrentBlock) -> Tensor:
     total = torch.zeros(recurrent.config.dim, dtype=torch.float64, device=recurrent.injection.B.device)
     for block in recurrent.blocks:
         assert isinstance(block, Block)
-        total = total + _attention_bound(block) + _feed_forward_bound(block)
+        total = total + block.branch_scale * (_attention_bound(block) + _feed_forward_bound(block))
     return total if recurrent.adapter is None else total + _adapter_bound(recurrent.adapter, total)
 
 
@@ -47,13 +47,15 @@ def _attention_bound(block: Block) -> Tensor:
     """Largest output of a block's attention per channel, (dim,)."""
     attn = block.attn
     if isinstance(attn, MLAttention):
-        _, values = attn.kv_up.weight.unflatten(0, (attn.n_heads, -1)).split([attn.nope_dim, attn.v_dim], 1)
+        values = attn.kv_up.weight.view(attn.n_heads, -1, attn.kv_up.in_features)[:, attn.nope_dim :]
         gain = attn.kv_norm.weight
     else:
         assert isinstance(attn, GQAttention)
-        heads = attn.qkv.weight.unflatten(0, (-1, attn.head_dim))[-attn.n_kv_heads :]
+        heads = attn.qkv.weight.view(-1, attn.head_dim, attn.qkv.in_features)[-attn.n_kv_heads :]
         values, gain = heads.repeat_interleave(attn.n_heads // attn.n_kv_heads, 0), block.attn_norm.weight
-    readout = attn.out.weight.double().unflatten(1, (attn.n_heads, -1)).transpose(0, 1)  # (heads, dim, head width)
+    readout = (
+        attn.out.weight.double().view(attn.out.out_features, attn.n_heads, -1).transpose(0, 1)
+    )  # (heads, dim, width)
     width = gain.shape[0] ** 0.5
     total = torch.zeros_like(readout[0, :, 0])
     for o, v in zip(readout, values.double() * gain.double(), strict=True):
@@ -90,12 +92,14 @@ def _swiglu_bound(gate: Tensor, up: Tensor, down: Tensor, gain: Tensor) -> Tenso
 
 def _largest_singular_value(matrix: Tensor) -> Tensor:
     """From the smaller Gram matrix: exact, and ten times cheaper than a singular value decomposition."""
-    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    return torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt()
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    largest: Tensor = torch.linalg.eigvalsh(wide @ wide.T)[-1]
+    return largest.clamp_min(0).sqrt()
 
 
 def _adapter_bound(adapter: DepthAdapter, branches: Tensor) -> Tensor:
     """Largest output of the adapter per channel when its input is at most `branches` (dim,)."""
     settled, transient = adapter.settled.double(), adapter.transient.double()
     scale = torch.maximum(settled.abs(), (settled + transient).abs())
-    return adapter.up.weight.double().abs() @ (scale * (adapter.down.weight.double().abs() @ branches))
+    up = adapter.up.weight.double().abs()
+    return torch.mv(up, scale * torch.mv(adapter.down.weight.double().abs(), branches))

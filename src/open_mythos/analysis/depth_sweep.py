@@ -19,6 +19,8 @@ from open_mythos.model.context import ForwardContext
 from open_mythos.model.halting import ACTAccumulator
 from open_mythos.model.mythos import OpenMythos
 
+Batch = tuple[Tensor, Tensor]
+"""Ids and targets, both (batch, seq)."""
 IGNORED = -100
 """The target of positions that do not count, as in `torch.nn.functional.cross_entropy`."""
 
@@ -39,7 +41,7 @@ class SweepRow(TypedDict):
 @torch.no_grad()
 def depth_sweep(
     model: OpenMythos,
-    batches: tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]],
+    batches: Batch | Iterable[Batch],
     loops: Sequence[int],
     *,
     exact_match: bool = True,
@@ -54,7 +56,7 @@ def depth_sweep(
         raise ValueError(f"loops is {list(loops)}; it must hold integers of at least 1")
     tallies: dict[tuple[int, int], _Tally] = {}
     with evaluating(model):
-        for ids, targets in [batches] if _is_pair(batches) else batches:
+        for ids, targets in _pairs(batches):
             if ids.shape != targets.shape:
                 raise ValueError(
                     f"targets has shape {tuple(targets.shape)}; it must be that of ids, {tuple(ids.shape)}"
@@ -128,5 +130,13 @@ class _Tally:
         )
 
 
-def _is_pair(batches: object) -> bool:
-    return isinstance(batches, tuple) and len(batches) == 2 and all(isinstance(part, Tensor) for part in batches)
+def _pairs(batches: Batch | Iterable[Batch]) -> Iterator[Batch]:
+    """The batches one by one; a single pair of tensors is one batch."""
+    if isinstance(batches, tuple) and isinstance(batches[0], Tensor):
+        ids, targets = batches
+        assert isinstance(targets, Tensor)
+        yield ids, targets
+    else:
+        for batch in batches:
+            assert not isinstance(batch, Tensor)
+            yield batch

@@ -9,9 +9,10 @@ rho(A) < 1 says: that speaks of the linear part alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import exp, log
+from math import exp, log, sqrt
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -48,7 +49,7 @@ def jacobian_norm(
         step, state = _loop_at(model, ids, n_loops)
         pull_back = vjp(step, state)[1]
         growth = _mean_growth(lambda v: pull_back(jvp(step, (state,), (v,))[1])[0], _direction(state, seed), iterations)
-        return growth**0.5
+        return sqrt(growth)
 
 
 def _loop_at(model: OpenMythos, ids: Tensor, n_loops: int | None) -> tuple[Callable[[Tensor], Tensor], Tensor]:
@@ -65,8 +66,8 @@ def _loop_at(model: OpenMythos, ids: Tensor, n_loops: int | None) -> tuple[Calla
 
 def _direction(state: Tensor, seed: int) -> Tensor:
     """A random unit vector of the state's shape; drawn on the CPU so that every device starts alike."""
-    v = torch.randn(state.shape, generator=torch.Generator().manual_seed(seed)).to(state)
-    return v / torch.linalg.vector_norm(v)
+    v = torch.randn(state.shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(state)
+    return F.normalize(v.flatten(), dim=0).view_as(v)
 
 
 def _mean_growth(apply: Callable[[Tensor], Tensor], v: Tensor, iterations: int) -> float:

@@ -203,5 +203,7 @@ def _style(axes: Axes, title: str, grid: Any = "y") -> None:
 
 def _whole_numbers(*scales: Axis) -> None:
     """No ticks between whole numbers: loops, positions and experts are counted."""
+    from matplotlib.ticker import MaxNLocator
+
     for scale in scales:
-        scale.get_major_locator().set_params(integer=True)
+        scale.set_major_locator(MaxNLocator(integer=True))

@@ -78,7 +78,7 @@ def spectrum(model: OpenMythos) -> Spectrum:
 
 @torch.no_grad()
 def state_bound(model: OpenMythos, e: Tensor, h: Tensor, n_loops: int) -> Tensor:
-    """Bounds (n_loops + 1, dim) in float64 on the state after 0, 1, ... loops from state h; (batch, seq, dim) as e is."""
+    """Bounds (n_loops + 1, dim) in float64 on the state after 0, 1, ... loops from h; h and e are (batch, seq, dim)."""
     a = model.recurrent.injection.get_A().double()
     drive = _drive(model, e)
     power = a ** torch.arange(n_loops + 1, device=a.device).unsqueeze(-1)
@@ -87,7 +87,7 @@ def state_bound(model: OpenMythos, e: Tensor, h: Tensor, n_loops: int) -> Tensor
 
 @torch.no_grad()
 def stability(model: OpenMythos, ids: Tensor, n_loops: int | None = None) -> StabilityReport:
-    """Run `n_loops` loops (by default `max_loop_iters`) on ids (batch, seq), without halting, and set norms beside bounds."""
+    """Run `n_loops` loops, by default `max_loop_iters`, on ids (batch, seq) without halting: norms beside bounds."""
     n_loops = model.config.max_loop_iters if n_loops is None else n_loops
     if n_loops < 1:
         raise ValueError(f"n_loops is {n_loops}; it must be at least 1")

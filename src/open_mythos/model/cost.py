@@ -1,7 +1,7 @@
 """What a model costs, from its config alone: parameters, and the matrix-product FLOPs of one token.
 
-Main entries: `parameter_counts`, `forward_flops`. Only matrix products are counted, two FLOPs per multiplication and
-addition; norms, activations and rotations are a few per cent on top.
+Main entries: `parameter_counts`, `forward_flops`. Only matrix products of tokens are counted, two FLOPs per
+multiplication and addition; norms, activations and rotations are a few per cent on top.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def forward_flops(config: MythosConfig, seq_len: int) -> ForwardFlops:
         raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
     adapter = 2 * config.dim * config.lora_rank
     halting = config.dim if config.halting == "act" else 0
-    outer = 2 * _block_matrices(config, moe=False) + _attention_flops(config, seq_len, config.outer_window)
-    inner = 2 * _active_matrices(config) + _attention_flops(config, seq_len, config.window)
+    outer = 2 * _block_matrices(config, moe=False) + _attention_flops(config, seq_len, config.outer_reach)
+    inner = 2 * _active_matrices(config) + _attention_flops(config, seq_len, config.loop_reach)
     return ForwardFlops(
         prelude=config.prelude_layers * outer,
         loop=config.recurrent_layers * inner + 2 * (adapter + halting),

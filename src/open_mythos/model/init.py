@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 
-import math
-
 import torch
 from torch import Tensor, nn
 

@@ -1,0 +1,1 @@
+"""The guided tour: the tutorial's nine parts on real training."""
