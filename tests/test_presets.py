@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from open_mythos.config import MythosConfig
-from open_mythos.model.cost import buffer_count, parameter_counts
+from open_mythos.model.cost import buffer_bytes, parameter_counts
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.presets import PRESETS, mythos_tutorial_gqa, mythos_tutorial_mla, preset
 
@@ -27,7 +27,7 @@ def test_the_built_model_has_the_counted_parameters_and_those_the_name_promises(
         model = OpenMythos(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     assert total == parameter_counts(config).total
-    assert sum(buffer.numel() for buffer in model.buffers()) == buffer_count(config)
+    assert sum(buffer.nbytes for buffer in model.buffers()) == buffer_bytes(config, 4)
     if name in PROMISED:
         assert total == pytest.approx(PROMISED[name], rel=0.02)
 

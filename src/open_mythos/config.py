@@ -44,10 +44,10 @@ class MythosConfig:
     """RMSNorm on every query and key head of GQA (MLA normalises its latents instead)."""
     attention_sink: bool = True
     """A learned logit per head that takes probability and contributes nothing; anchors absolute position."""
-    window: int | None | Literal["auto"] = "auto"
+    window: int | Literal["auto"] | None = "auto"
     """Sliding window of the recurrent block: how many positions a query sees, itself included. None sees all; "auto"
-    is just wide enough for information to cross `max_seq_len` in a quarter of `max_loop_iters` loops."""
-    outer_window: int | None | Literal["auto"] = "auto"
+    is just wide enough for information to cross `max_seq_len` in two fifths of `max_loop_iters` loops."""
+    outer_window: int | Literal["auto"] | None = "auto"
     """Sliding window of the prelude's and the coda's layers."""
     use_rope: bool = True
     rope_theta: float | None = None
@@ -74,7 +74,7 @@ class MythosConfig:
     lora_rank: int = 0
     """Rank of the depth adapter; 0 leaves it out."""
     loop_embedding: bool = False
-    state_init: Literal["noise", "input", "zeros"] = "noise"
+    state_init: Literal["input", "zeros", "noise"] = "input"
     """First state: the encoded input, zeros, or in training noise of a random size around the zeros of inference."""
     halting: Literal["act", "none"] = "act"
     act_threshold: float = 0.99
@@ -115,7 +115,7 @@ class MythosConfig:
     def _check_types(self) -> None:
         for field in fields(self):
             value, kind = getattr(self, field.name), str(field.type)
-            if value is None and "None" in kind or value == "auto" and "auto" in kind:
+            if (value is None and "None" in kind) or (value == "auto" and "auto" in kind):
                 continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if kind.startswith("int"):
@@ -157,13 +157,15 @@ class MythosConfig:
 
     def _resolve(self, window: int | str | None) -> int | None:
         if isinstance(window, str):
-            return 1 - (-4 * self.max_seq_len // self.max_loop_iters)
+            return 1 - (-5 * self.max_seq_len // (2 * self.max_loop_iters))
         return window
 
     @property
     def rotary_base(self) -> float:
         """The base of the rotary frequencies."""
-        return self.rope_theta if self.rope_theta is not None else max(100.0, 10.0 * (self.loop_reach or self.max_seq_len))
+        return (
+            self.rope_theta if self.rope_theta is not None else max(100.0, 10.0 * (self.loop_reach or self.max_seq_len))
+        )
 
     @property
     def matrix_update_scale(self) -> float:
@@ -201,7 +203,7 @@ class MythosConfig:
         version = data.get("format_version", FORMAT_VERSION)
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise ValueError(
-                f"format_version is {version!r}; this release reads versions up to {FORMAT_VERSION}: upgrade open-mythos"
+                f"format_version is {version!r}; this release reads up to {FORMAT_VERSION}: upgrade open-mythos"
             )
         model_type = data.get("model_type", MODEL_TYPE)
         if model_type != MODEL_TYPE:
@@ -227,6 +229,6 @@ _AT_LEAST_ZERO = ("prelude_layers", "coda_layers", "n_experts", "n_shared_expert
 _CHOICES = {
     "attn_type": ("gqa", "mla"),
     "router_score": ("softmax", "sigmoid"),
-    "state_init": ("noise", "input", "zeros"),
+    "state_init": ("input", "zeros", "noise"),
     "halting": ("act", "none"),
 }

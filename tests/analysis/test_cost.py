@@ -94,7 +94,7 @@ def measured_flops(model: OpenMythos, seq_len: int, n_loops: int) -> int:
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("seq_len", [4, 16])
 def test_flops_equal_torchs_counter(config: MythosConfig, seq_len: int) -> None:
-    """Exactly. Short sequences use the kernel that also computes masked pairs, so those are added for the comparison."""
+    """Exactly; short sequences use the kernel that also computes masked pairs, so those are added to compare."""
     model = OpenMythos(config.replace(attention_sink=False)).eval()
     flops = forward_flops(config, seq_len)
     layers = config.prelude_layers + config.coda_layers

@@ -57,7 +57,9 @@ def test_without_branches_the_radius_is_that_of_a() -> None:
         for block in model.recurrent.blocks:
             for parameter in block.parameters():
                 parameter.zero_()
-        model.recurrent.injection.log_a.copy_(torch.linspace(-1, 1, 8))
+        model.recurrent.injection.log_a[3] -= (
+            2  # one channel decays far more slowly, so that the power iteration converges
+        )
     rho = float(model.recurrent.injection.get_A().detach().max())
     assert jacobian_spectral_radius(model, random_ids(TINY, 1, 2), 1, iterations=50) == pytest.approx(rho, rel=2e-3)
 

@@ -90,7 +90,7 @@ def test_the_spectrum_is_that_of_a() -> None:
 
 def test_the_bounds_limit_is_where_its_sequence_goes() -> None:
     report = stability(OpenMythos(mythos_tiny()), random_ids(mythos_tiny(), 1, 4), 30)
-    assert report.loops[-1].bound == pytest.approx(report.limit, rel=1e-6)
+    assert report.loops[-1].bound == pytest.approx(report.limit, rel=1e-3)
 
 
 def test_measuring_leaves_the_model_as_it_was() -> None:

@@ -30,7 +30,7 @@ def test_a_folder_is_also_measured(tmp_path: Path, capsys: pytest.CaptureFixture
     file = tmp_path / "report.json"
     assert main(["inspect", str(tmp_path), "--loops", "3", "--json", str(file)]) == 0
     text = capsys.readouterr().out
-    for words in ("State on random tokens", "spectral radius of the Jacobian", "busiest expert"):
+    for words in ("State on random tokens", "Jacobian after 3 loops: rho", "busiest expert"):
         assert words in text
     behaviour = json.loads(file.read_text())["behaviour"]
     assert 0 < behaviour["stability"]["rho"] < 1

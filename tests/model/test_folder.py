@@ -36,6 +36,29 @@ def test_a_round_trip_is_bit_exact(attn_type: str, tie: bool, tmp_path: Path) ->
     assert torch.equal(found(ids, 4), model(ids, 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+def test_the_dtype_is_that_of_the_saved_model(attn_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny_model(tiny_config(attn_type)).to(dtype)
+    model.save_pretrained(tmp_path)
+    found = OpenMythos.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in found.parameters()} == {dtype}
+    state = model.state_dict()
+    for name, tensor in found.state_dict().items():
+        assert tensor.dtype == state[name].dtype
+        assert torch.equal(tensor, state[name])
+    ids = random_ids(model.config, 2, 6)
+    assert torch.equal(found(ids, 4), model(ids, 4))
+
+
+def test_a_single_layer_in_another_dtype_keeps_it(tmp_path: Path) -> None:
+    model = tiny_model(tiny_config()).to(torch.bfloat16)
+    model.norm.float()
+    model.save_pretrained(tmp_path)
+    dtypes = {name: parameter.dtype for name, parameter in OpenMythos.from_pretrained(tmp_path).named_parameters()}
+    assert {name for name, dtype in dtypes.items() if dtype != torch.bfloat16} == {"norm.weight"}
+
+
 def test_a_folder_holds_json_and_safetensors_and_nothing_else(saved: tuple[OpenMythos, Path]) -> None:
     model, folder = saved
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
@@ -84,6 +107,11 @@ def _with_a_tensor_too_many(folder: Path) -> None:
     save_file({**weights, "zebra": torch.zeros(1)}, folder / "model.safetensors")
 
 
+def _with_whole_numbers(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "norm.weight": weights["norm.weight"].long()}, folder / "model.safetensors")
+
+
 def _truncate(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -104,6 +132,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "wrong field": (lambda folder: _edit_config(folder, n_heads=3), r"n_heads is 3"),
     "wrong shapes": (lambda folder: _edit_config(folder, vocab_size=18), r"'embed.weight'.*\(17, 16\).*\(18, 16\)"),
     "missing tensor": (_without_a_tensor, r"'embed\.weight'.*missing"),
+    "whole numbers": (_with_whole_numbers, r"'norm\.weight' as torch\.int64; it must be of a floating-point type"),
     "tensor too many": (_with_a_tensor_too_many, r"'zebra'.*absent"),
 }
 

@@ -73,6 +73,19 @@ def test_the_mode_is_what_it_was_and_the_prompt_comes_first(training: bool) -> N
     assert out.dtype == ids.dtype
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_every_modules_own_mode_is_what_it_was(training: bool) -> None:
+    """A frozen prelude in evaluation mode once came back in training mode, with its dropout on."""
+    model = tiny_model(tiny_config(dropout=0.5)).train(training)
+    model.prelude.train(not training)
+    before = [module.training for module in model.modules()]
+    model.generate(random_ids(model.config, 1, 4), 2, n_loops=2)
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(ValueError, match="n_loops"):  # only found out inside the forward pass
+        model.generate(random_ids(model.config, 1, 4), 2, n_loops=0)
+    assert [module.training for module in model.modules()] == before
+
+
 def test_generation_up_to_the_last_position_is_allowed() -> None:
     config = tiny_config(max_seq_len=8)
     assert tiny_model(config).generate(random_ids(config, 1, 4), 4, n_loops=2).shape == (1, 8)

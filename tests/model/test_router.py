@@ -111,6 +111,25 @@ def test_the_bias_is_a_buffer_that_no_optimizer_sees() -> None:
     assert any("router_bias" in name for name in model.state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casts_leave_the_bias_in_float32_and_whole(dtype: torch.dtype) -> None:
+    model = _skewed_model()
+    bias = model.recurrent.block.ffn.router_bias.fill_(1 / 3)
+    for cast in (model.to(dtype), model.to(device="cpu", dtype=dtype), model.to(torch.float32)):
+        assert cast.recurrent.block.ffn.router_bias.dtype == torch.float32
+        assert torch.equal(cast.recurrent.block.ffn.router_bias, bias)
+    assert model.to("meta").recurrent.block.ffn.router_bias.device.type == "meta"
+
+
+def test_a_bfloat16_model_still_balances() -> None:
+    """Next to a bias of 3 the gap between bfloat16 numbers is 1/64: steps of a thousandth would be lost for ever."""
+    model = tiny_model(tiny_config(balance_rate=0.001)).to(torch.bfloat16).train()
+    before = model.recurrent.block.ffn.router_bias.copy_(torch.tensor([3.0, 3.0, -3.0, -3.0])).clone()
+    model(random_ids(model.config, 4, 6), 3)
+    moved = (model.recurrent.block.ffn.router_bias - before).abs()
+    assert 0 < float(moved.max()) <= 0.002
+
+
 def test_the_router_learns() -> None:
     model = tiny_model(tiny_config())
     model(random_ids(model.config, 2, 6), 3).square().mean().backward()

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.analysis.evaluation import evaluating
 from open_mythos.model.context import ForwardContext
+from open_mythos.model.evaluation import evaluating
 from open_mythos.model.halting import ACTAccumulator
 from open_mythos.model.mythos import OpenMythos
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from open_mythos.analysis.evaluation import evaluating
+from open_mythos.model.evaluation import evaluating
 from open_mythos.model.mythos import OpenMythos
 
 # The first half of the iterations only turns the random start towards the dominant directions.

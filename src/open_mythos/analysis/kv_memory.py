@@ -12,9 +12,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from open_mythos.analysis.evaluation import evaluating
 from open_mythos.config import MythosConfig
 from open_mythos.model.cache import PlainCache
+from open_mythos.model.evaluation import evaluating
 from open_mythos.model.mythos import OpenMythos
 
 _INT32, _INT64 = torch.int32.itemsize, torch.int64.itemsize

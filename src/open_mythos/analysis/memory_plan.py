@@ -13,7 +13,7 @@ import torch
 from open_mythos.analysis.activations import saved_activations
 from open_mythos.analysis.kv_memory import kv_cache_bytes
 from open_mythos.config import MythosConfig
-from open_mythos.model.cost import buffer_count, parameter_counts
+from open_mythos.model.cost import buffer_bytes, parameter_counts
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def plan_training(
 
 def weight_bytes(config: MythosConfig, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of all parameters and buffers of `OpenMythos(config).to(dtype)`."""
-    return (parameter_counts(config).total + buffer_count(config)) * dtype.itemsize
+    return parameter_counts(config).total * dtype.itemsize + buffer_bytes(config, dtype.itemsize)
 
 
 def _sizes(config: MythosConfig, batch: int, seq_len: int | None, n_loops: int | None) -> tuple[int, int]:

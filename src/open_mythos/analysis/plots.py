@@ -26,6 +26,18 @@ _BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _SKY = "#0072B2", "#E69F00", "#009E73", "
 _SERIES = (_BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _SKY)
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _GREY = "#666666"
+_PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "kv_cache": "KV cache",
+    "activations": "activations",
+}
+
+
+def require_matplotlib() -> None:
+    """Raise `ImportError` with what to install if nothing can be drawn: to be asked before long work, not after."""
+    _figure(1, 1)
 
 
 def kv_cache(comparison: KVCacheComparison) -> Figure:
@@ -54,10 +66,10 @@ def memory_plan(plans: Mapping[str, MemoryPlan]) -> Figure:
     axes = _axes(figure, "Memory plan", grid="x")
     unit, name = (2**30, "GiB") if max(plan.total for plan in plans.values()) >= 2**30 else (2**20, "MiB")
     left = [0.0] * len(plans)
-    for part, colour in zip(("weights", "gradients", "optimizer", "kv_cache", "activations"), _SERIES, strict=False):
+    for part, colour in zip(_PARTS, _SERIES, strict=False):
         widths = [getattr(plan, part) / unit for plan in plans.values()]
         if any(widths):
-            axes.barh(list(plans), widths, 0.6, left=left, label=part.replace("_", " "), color=colour)
+            axes.barh(list(plans), widths, 0.6, left=left, label=_PARTS[part], color=colour)
             left = [start + width for start, width in zip(left, widths, strict=True)]
     for row, total in enumerate(left):
         axes.text(total, row, f" {total:,.1f} {name}", va="center")
@@ -77,16 +89,17 @@ def stability(report: StabilityReport) -> Figure:
     left.axhline(1, color=_RED, linestyle="--", linewidth=1)
     left.set(xlabel="channel, sorted", ylabel="entry of A", ylim=(0, 1.08))
     _style(right, "State norm: proved bound and observation")
-    loops = [norm.loop for norm in report.loops]
+    shown = [norm for norm in report.loops if norm.largest > 0]  # a state that starts at zero has no logarithm
+    loops = [norm.loop for norm in shown]
     for label, colour, style, values in (
-        ("bound", _RED, "--", [norm.bound for norm in report.loops]),
-        ("largest observed", _ORANGE, "-", [norm.largest for norm in report.loops]),
-        ("mean observed", _BLUE, "-", [norm.mean for norm in report.loops]),
+        ("bound", _RED, "--", [norm.bound for norm in shown]),
+        ("largest observed", _ORANGE, "-", [norm.largest for norm in shown]),
+        ("mean observed", _BLUE, "-", [norm.mean for norm in shown]),
     ):
         right.plot(loops, values, color=colour, linestyle=style, linewidth=2, label=label)
     right.set(xlabel="loops", ylabel="l2 norm of the state", yscale="log")
     _whole_numbers(right.xaxis)
-    right.legend(frameon=False, loc="center right")
+    right.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return figure
 
 

@@ -6,6 +6,7 @@ Main entries: `Section`, `render_page`.
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -33,20 +34,24 @@ th:first-child, td:first-child { text-align: left; }
 figure { margin: 1rem 0; }
 figure img { max-width: 100%; height: auto; }
 pre { background: var(--soft); padding: .8rem 1rem; overflow-x: auto; border-radius: 6px; font-size: .9rem; }
+code { background: var(--soft); padding: .1rem .3rem; border-radius: 4px; font-size: .9em; }
 footer { margin-top: 4rem; color: #7a8494; font-size: .85rem; }
 """
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what was found (`verdict`), prose, at most one table, preformatted text and one PNG picture."""
+    """A heading, prose, what was found (`verdict`), at most one table, preformatted text, and PNG pictures by name.
+
+    Words between backquotes in prose are code.
+    """
 
     title: str
     text: str
     verdict: str = ""
     rows: Sequence[Row] = field(default_factory=tuple)
     preformatted: str = ""
-    picture: bytes | None = None
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def render_page(title: str, introduction: str, sections: Sequence[Section], footer: str = "") -> str:
@@ -57,36 +62,43 @@ def render_page(title: str, introduction: str, sections: Sequence[Section], foot
         f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>{_STYLE}</style></head>\n<body><main>\n"
-        f"<h1>{escape(title)}</h1>\n<p>{escape(introduction)}</p>\n{body}\n"
+        f"<h1>{escape(title)}</h1>\n<p>{_prose(introduction)}</p>\n{body}\n"
         f"<footer>{escape(footer)}</footer>\n</main></body></html>\n"
     )
 
 
 def format_cell(value: object) -> str:
-    """A table cell: three significant decimals for fractions, thousands separated, a dash for nothing."""
+    """A table cell: three decimals, or one from 100 on, thousands separated, a dash for nothing."""
     if value is None:
-        return "–"
+        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.3f}" if 0.001 <= abs(value) < 1e6 or value == 0 else f"{value:.3g}"
+        if value == 0 or 0.001 <= abs(value) < 100:
+            return f"{value:.3f}"
+        return f"{value:,.1f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
     return str(value)
 
 
 def _section(number: int, section: Section) -> str:
-    parts = [f'<h2><span class="number">{number}</span>{escape(section.title)}</h2>', f"<p>{escape(section.text)}</p>"]
+    parts = [f'<h2><span class="number">{number}</span>{escape(section.title)}</h2>', f"<p>{_prose(section.text)}</p>"]
     if section.verdict:
-        parts.append(f'<p class="verdict">{escape(section.verdict)}</p>')
+        parts.append(f'<p class="verdict">{_prose(section.verdict)}</p>')
     if section.rows:
         parts.append(_table(section.rows))
     if section.preformatted:
         parts.append(f"<pre>{escape(section.preformatted)}</pre>")
-    if section.picture is not None:
-        data = base64.b64encode(section.picture).decode("ascii")
-        parts.append(f'<figure><img alt="{escape(section.title)}" src="data:image/png;base64,{data}"></figure>')
+    for name, picture in section.pictures.items():
+        data = base64.b64encode(picture).decode("ascii")
+        alt = escape(name.replace("_", " "))
+        parts.append(f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"></figure>')
     return "\n".join(parts)
+
+
+def _prose(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _table(rows: Sequence[Row]) -> str:

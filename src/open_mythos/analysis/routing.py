@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from open_mythos.analysis.evaluation import evaluating
+from open_mythos.model.evaluation import evaluating
 from open_mythos.model.mythos import OpenMythos
 
 

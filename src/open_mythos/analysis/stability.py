@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.analysis.branch_bound import branch_bound
-from open_mythos.analysis.evaluation import evaluating
+from open_mythos.model.evaluation import evaluating
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.recurrent import RecurrentBlock
 

@@ -5,7 +5,6 @@ Main entry: `run_case`. Peer and model get the same sizes, data and optimizer, a
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -14,10 +13,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from open_mythos.bench.timing import median, race
 from open_mythos.config import MythosConfig
+from open_mythos.model.cost import forward_flops
+from open_mythos.model.experts import MoEFFN
 from open_mythos.model.mythos import OpenMythos
 
 Task = Literal["train", "forward", "decode"]
@@ -51,8 +51,20 @@ _SMALL = {
     "expert_dim": 256,
     "lora_rank": 8,
 }
-_TUTORIAL_MLA = dict(kv_lora_rank=32, q_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16)
-_SMALL_MLA = dict(kv_lora_rank=128, q_lora_rank=192, qk_rope_head_dim=32, qk_nope_head_dim=64, v_head_dim=64)
+_TUTORIAL_MLA = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 64,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+_SMALL_MLA = {
+    "kv_lora_rank": 128,
+    "q_lora_rank": 192,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+}
 SIZES: dict[str, dict[str, Any]] = {
     "tutorial-gqa": {**_TUTORIAL, "attn_type": "gqa", "n_kv_heads": 2},
     "tutorial-mla": {**_TUTORIAL, "attn_type": "mla", "n_kv_heads": 4, **_TUTORIAL_MLA},
@@ -170,17 +182,17 @@ def _floor(case: Case, model: OpenMythos, flops: float, bandwidth: float) -> flo
     """Least seconds: matrix products at the measured peak, or for decoding the weights read once per token."""
     if case.task == "decode":
         return _bytes_per_token(model) / bandwidth
-    ids = torch.zeros(_BATCH[case.size.split("-")[0]], dtype=torch.long)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(model).eval()(ids, n_loops=case.n_loops)
-    return counter.get_total_flops() * (3 if case.task == "train" else 1) / flops
+    batch, seq_len = _BATCH[case.size.split("-")[0]]
+    products = forward_flops(model.config, seq_len).total(case.n_loops) * batch * seq_len
+    passes = 3 if case.task == "train" else 1  # the backward has two products for each one of the forward
+    return products * passes / flops
 
 
 def _bytes_per_token(model: OpenMythos) -> int:
-    """Weights that one token needs: all but the routed experts it is not sent to."""
-    config = model.config
+    """Weights that one token needs: all but the routed experts that it is not sent to."""
     total = sum(p.numel() * p.element_size() for p in model.parameters())
-    if config.n_experts:
-        expert = 3 * config.dim * config.expert_dim * 4
-        total -= config.recurrent_layers * (config.n_experts - config.n_experts_per_tok) * expert
+    for block in model.recurrent.blocks:
+        if isinstance(block.ffn, MoEFFN):
+            experts = sum(p.numel() * p.element_size() for p in (block.ffn.gate, block.ffn.up, block.ffn.down))
+            total -= experts * (block.ffn.n_experts - block.ffn.topk) // block.ffn.n_experts
     return total

@@ -1,7 +1,7 @@
 """open-mythos 0.5.0, the package that our speed is compared with.
 
-Main entry: `load_peer`. It is installed without its dependencies into a folder of its own and loaded under another name;
-nothing but the benchmark ever sees it.
+Main entry: `load_peer`. It is installed without its dependencies into a folder of its own and loaded under another
+name; nothing but the benchmark ever sees it.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def median(values: Iterable[float]) -> float:
 
 
 def matmul_peak(size: int = 1024, seconds: float = 1.0) -> float:
-    """Measured float32 matrix-product rate in FLOP/s, best of many: the denominator of the compute floor."""
+    """Measured float32 matrix-product rate in FLOP/s, best of many: what the compute floor divides by."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     with torch.no_grad():
         times = race({"mm": lambda: a @ b}, seconds)["mm"]
@@ -43,7 +43,7 @@ def matmul_peak(size: int = 1024, seconds: float = 1.0) -> float:
 
 
 def read_bandwidth(megabytes: int = 256, seconds: float = 1.0) -> float:
-    """Measured bytes per second of reading memory that no cache holds, best of many: the denominator of the read floor."""
+    """Measured bytes per second of reading memory that no cache holds, best of many: what the read floor divides by."""
     data = torch.randn(megabytes * 2**20 // 4)
     times = race({"read": lambda: data.sum()}, seconds)["read"]
     return data.numel() * data.element_size() / min(times)

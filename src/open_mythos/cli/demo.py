@@ -6,23 +6,29 @@ Writes `report.html`, `results.json`, the pictures and the trained model folder.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from open_mythos import __version__
+from open_mythos.analysis.plots import require_matplotlib
 from open_mythos.analysis.report import Section, format_cell, render_page
 from open_mythos.tour.parts import Part, as_data, run_parts
-from open_mythos.tour.recipe import Trained, TourRecipe, train
+from open_mythos.tour.recipe import TourRecipe, Trained, train
 
 TITLE = "OpenMythos: a guided tour"
 INTRODUCTION = (
     "A recurrent-depth transformer runs one block again and again with the same weights. How often is chosen at "
-    "inference. This page was written by `mythos demo` from a model that it trained just before; all figures are measured."
+    "inference. This page was written by `mythos demo` from a model that it trained just before: its figures were "
+    "measured in that run, and those that are planned say so."
 )
 
 
@@ -32,32 +38,57 @@ class Arguments:
 
     out: Annotated[Path, tyro.conf.arg(help="Folder for the report, the results and the model.")] = Path("mythos_tour")
     seed: Annotated[int, tyro.conf.arg(help="Seed of the weights and of all data.")] = 0
-    steps: Annotated[int | None, tyro.conf.arg(help="Training steps; fewer are faster and learn less.")] = None
+    steps: Annotated[int | None, tyro.conf.arg(help="Training steps; with fewer, the model learns less.")] = None
 
 
 def run(arguments: Arguments) -> None:
     """Train, measure, print, write."""
-    recipe = TourRecipe(seed=arguments.seed)
-    if arguments.steps is not None:
-        recipe = replace(recipe, training=replace(recipe.training, steps=arguments.steps))
+    require_matplotlib()
+    recipe = _recipe(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)
     console = Console()
-    trained = _train_with_progress(recipe, console)
     parts: list[Part] = []
-    for number, part in enumerate(run_parts(recipe, trained), start=1):
-        _print_section(console, number, part.section)
-        parts.append(part)
+    with _one_thread():
+        trained = _train_with_progress(recipe, console)
+        for number, part in enumerate(run_parts(recipe, trained), start=1):
+            _print_section(console, number, part.section)
+            parts.append(part)
     _write(arguments.out, recipe, trained, parts)
     console.print(f"\nReport: [bold]{arguments.out / 'report.html'}[/bold]  (open it in a browser)")
     console.print(f"Look inside the model: mythos inspect {arguments.out / 'model'}")
 
 
+def _recipe(arguments: Arguments) -> TourRecipe:
+    """The tour's recipe; with fewer steps of training, the halting head gets no more than that either."""
+    recipe = TourRecipe(seed=arguments.seed)
+    if arguments.steps is None:
+        return recipe
+    training = replace(recipe.training, steps=arguments.steps)
+    halting = replace(recipe.halting, steps=min(recipe.halting.steps, arguments.steps))
+    return replace(recipe, training=training, halting=halting)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors this small gain little from a second thread; on a busy machine, waiting for it is 7 times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _train_with_progress(recipe: TourRecipe, console: Console) -> Trained:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=console) as progress:
-        total = recipe.training.steps + recipe.halting.steps
-        bar = progress.add_task("training", total=total, loss=float("nan"))
-        return train(recipe, lambda done, loss: progress.update(bar, completed=done, loss=loss))
+    with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console) as progress:
+        bar = progress.add_task("training", total=recipe.training.steps + recipe.halting.steps, loss="")
+
+        def show(done: int, loss: float) -> None:
+            phase = "training" if done <= recipe.training.steps else "learning to halt"
+            progress.update(bar, completed=done, description=phase, loss=f"loss {loss:.3f}")
+
+        return train(recipe, show)
 
 
 def _print_section(console: Console, number: int, section: Section) -> None:
@@ -69,9 +100,11 @@ def _print_section(console: Console, number: int, section: Section) -> None:
             column.justify = "right"
         for row in section.rows:
             table.add_row(*map(format_cell, row.values()))
+        console.print()
         console.print(table)
+        console.print()
     if section.preformatted:
-        console.print(section.preformatted, highlight=False, markup=False)
+        console.print(f"\n{section.preformatted}\n", highlight=False, markup=False)
     if section.verdict:
         console.print(f"[bold green]{section.verdict}", highlight=False)
     console.print()
@@ -79,9 +112,10 @@ def _print_section(console: Console, number: int, section: Section) -> None:
 
 def _write(out: Path, recipe: TourRecipe, trained: Trained, parts: list[Part]) -> None:
     for part in parts:
-        if part.section.picture is not None:
-            (out / f"{part.key}.png").write_bytes(part.section.picture)
+        for name, picture in part.section.pictures.items():
+            (out / f"{name}.png").write_bytes(picture)
     trained.model.save_pretrained(out / "model")
     (out / "results.json").write_text(json.dumps(as_data(recipe, parts), indent=2) + "\n", encoding="utf-8")
-    page = render_page(TITLE, INTRODUCTION, [part.section for part in parts], footer=f"Seed {recipe.seed}.")
+    footer = f"open-mythos {__version__}, PyTorch {torch.__version__}, seed {recipe.seed}."
+    page = render_page(TITLE, INTRODUCTION, [part.section for part in parts], footer)
     (out / "report.html").write_text(page, encoding="utf-8")

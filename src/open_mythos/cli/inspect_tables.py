@@ -71,7 +71,7 @@ def _stability_table(report: StabilityReport, jacobian_radius: float) -> Table:
     a = report.spectrum
     table.caption = (
         f"A: smallest {a.smallest:.4f}, mean {a.mean:.4f}, rho {a.rho:.4f}\n"
-        f"spectral radius of the Jacobian after {last} loops: {jacobian_radius:.4f}"
+        f"Jacobian after {last} loops: rho {jacobian_radius:.4f}"
     )
     return table
 

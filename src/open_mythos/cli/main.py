@@ -28,16 +28,26 @@ class Verb:
 
 
 VERBS = {
+    "demo": Verb(
+        module="open_mythos.cli.demo",
+        summary="the guided tour: train a small model, turn its loop knob, see every promise measured",
+        example="mythos demo --out mythos_tour",
+    ),
     "inspect": Verb(
         module="open_mythos.cli.inspect",
         summary="parameters, FLOPs, memory plan, stability and routing of a model folder or a preset",
         example="mythos inspect mythos_1b --seq-len 4096 --dtype bfloat16",
     ),
+    "bench": Verb(
+        module="open_mythos.cli.bench",
+        summary="speed beside open-mythos 0.5.0 and the hardware's floor, side by side in one run",
+        example="mythos bench --only decode",
+    ),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, or 2 for input that cannot be used, told in one line."""
+    """Run the command line and return its exit code: 0, or 2 for what cannot be done as asked, told in one line."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
@@ -47,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         _run(words[0], words[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # ImportError: a verb's optional package is missing
         print(f"mythos: {error}", file=sys.stderr)
         return _BAD_INPUT
     except KeyboardInterrupt:

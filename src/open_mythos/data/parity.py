@@ -1,7 +1,7 @@
 """Cumulative parity: after every bit, is the number of ones so far odd?
 
-Main entry: `Parity`. The answer at position i needs all bits up to i, so a model that carries information a few positions
-per loop needs loops in proportion to the length: depth can be measured.
+Main entry: `Parity`. The answer at position i needs all bits up to i, so a model that carries information a few
+positions per loop needs loops in proportion to the length: depth can be measured.
 """
 
 from __future__ import annotations

@@ -115,7 +115,9 @@ def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: floa
     logits = q.new_full((q.shape[2],), float("-inf")) if sink is None else sink.to(q.dtype)
     causal = mask.is_causal_square
     bias = None if causal else mask.bias
-    out, _ = _CpuFlashWithSink.apply(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), logits, bias, causal, scale)
+    out, _ = _CpuFlashWithSink.apply(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), logits, bias, causal, scale
+    )
     return out.transpose(1, 2)[..., :width]
 
 
@@ -123,8 +125,8 @@ class _CpuFlashWithSink(torch.autograd.Function):
     """Flash attention (Dao et al. 2022, arXiv 2205.14135), rescaled by what the sink leaves of the softmax.
 
     Flash attention's backward recomputes the weights as `exp(score - lse)` and needs nothing else of the softmax.
-    Handed the output and the log-sum-exp *with* the sink, it returns the exact gradients of q, k and v. The sink's value
-    is zero, so its own gradient is `-weight_of_sink * sum(grad * out)`.
+    Handed the output and the log-sum-exp *with* the sink, it returns the exact gradients of q, k and v. The sink's
+    value is zero, so its own gradient is `-weight_of_sink * sum(grad * out)`.
     """
 
     @staticmethod

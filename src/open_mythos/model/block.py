@@ -34,7 +34,9 @@ class Block(nn.Module):
         self.ffn = MoEFFN(config) if moe else SwiGLU(config.dim, config.ffn_hidden)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, context: ForwardContext, address: CacheAddress, active: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: ForwardContext, address: CacheAddress, active: Tensor | None = None
+    ) -> Tensor:
         """(batch, seq, dim) to the same shape; `active` (batch, seq) marks positions that have not halted."""
         attended = self.dropout(self.attn(self.attn_norm(x), context, address, active))
         x = torch.add(x, attended, alpha=self.branch_scale)

@@ -71,9 +71,9 @@ class PassStore:
 class DictStore:
     """A `KVStore` over a plain dict `{layer key: {name: tensor}}`, written only when the whole pass has succeeded.
 
-    Prelude and coda entries are (batch, seq, ...). Entries of a loop are (rows, ...): the positions active at that loop,
-    position-major, so that later calls append. `halting.exit_loops` (seq, batch) says which those are; it is absent
-    while no position has stopped before the call's `n_loops`.
+    Prelude and coda entries are (batch, seq, ...). Entries of a loop are (rows, ...): the positions active at that
+    loop, position-major, so that later calls append. `halting.exit_loops` (seq, batch) says which those are; it is
+    absent while no position has stopped before the call's `n_loops`.
     """
 
     def __init__(self, cache: PlainCache, config: MythosConfig, model_id: int, batch: int, n_loops: Tensor) -> None:
@@ -95,7 +95,9 @@ class DictStore:
         if stored.shape[0] != self.batch:
             raise ValueError(f"kv_cache holds a batch of {stored.shape[0]}; input_ids has a batch of {self.batch}")
         if not torch.equal(stored, self._n_loops):
-            raise ValueError(f"kv_cache was filled with n_loops {stored.tolist()}; this call has {self._n_loops.tolist()}")
+            raise ValueError(
+                f"kv_cache was filled with n_loops {stored.tolist()}; this call has {self._n_loops.tolist()}"
+            )
 
     def extend(self, address: CacheAddress, new: Entries, active: Tensor | None) -> Entries:
         self._new[address] = new

@@ -16,8 +16,8 @@ from open_mythos.config import MythosConfig
 def check_ids(ids: Tensor, config: MythosConfig, cached: int) -> None:
     """Integer ids (batch, seq) within the vocabulary that fit into the context after `cached` positions.
 
-    The range is checked on the CPU only: on an accelerator it would wait for the device in every call, and the embedding
-    there asserts it by itself.
+    The range is checked on the CPU only: on an accelerator it would wait for the device in every call, and the
+    embedding there asserts it by itself.
     """
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids has dtype {ids.dtype}; it must be torch.int64 or torch.int32")
@@ -25,7 +25,9 @@ def check_ids(ids: Tensor, config: MythosConfig, cached: int) -> None:
         raise ValueError(f"input_ids has shape {tuple(ids.shape)}; it must be (batch, seq), both at least 1")
     if cached + ids.shape[1] > config.max_seq_len:
         what = f"{ids.shape[1]} new" + (f" and {cached} cached" if cached else "")
-        raise ValueError(f"input_ids has {what} positions; together they must be at most max_seq_len ({config.max_seq_len})")
+        raise ValueError(
+            f"input_ids has {what} positions; together they must be at most max_seq_len ({config.max_seq_len})"
+        )
     if ids.device.type == "cpu":
         low, high = (int(value) for value in torch.aminmax(ids))
         if low < 0 or high >= config.vocab_size:
@@ -52,11 +54,15 @@ def check_loops(n_loops: int | Tensor | None, ids: Tensor, config: MythosConfig)
     return loops
 
 
-def check_sampling(ids: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, config: MythosConfig) -> None:
+def check_sampling(
+    ids: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, config: MythosConfig
+) -> None:
     """The arguments of `generate`."""
     limit = config.max_output_tokens
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens <= limit:
-        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; it must be an integer from 1 to max_output_tokens ({limit})")
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens!r}; it must be an integer from 1 to max_output_tokens ({limit})"
+        )
     if not math.isfinite(temperature) or temperature < 0:
         raise ValueError(f"temperature is {temperature!r}; it must be 0 (greedy) or a positive number")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):

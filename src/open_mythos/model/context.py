@@ -25,7 +25,7 @@ class Injected(NamedTuple):
 
 
 class ForwardContext:
-    """Rotary table, attention masks and key-value store of `n_new` positions that follow `store.length` earlier ones."""
+    """Rotary table, attention masks and key-value store of `n_new` positions after `store.length` earlier ones."""
 
     def __init__(
         self,

@@ -66,9 +66,10 @@ def parameter_counts(config: MythosConfig) -> ParameterCounts:
     )
 
 
-def buffer_count(config: MythosConfig) -> int:
-    """Numbers in the model's buffers: the routers' biases and the loop embedding's decays."""
-    return config.recurrent_layers * config.n_experts + _LOOP_EMBEDDING_DECAYS * config.loop_embedding
+def buffer_bytes(config: MythosConfig, itemsize: int) -> int:
+    """Bytes of the model's buffers: the routers' biases, always float32, and the loop embedding's decays."""
+    biases = config.recurrent_layers * config.n_experts * 4
+    return biases + _LOOP_EMBEDDING_DECAYS * config.loop_embedding * itemsize
 
 
 def forward_flops(config: MythosConfig, seq_len: int) -> ForwardFlops:

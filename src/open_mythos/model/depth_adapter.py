@@ -1,7 +1,7 @@
 """What may differ from loop to loop although the weights are shared: a low-rank adapter and an embedding of the index.
 
-Main entries: `DepthAdapter`, `LoopEmbedding`. Both are functions of `t` that settle as t grows, so that loops beyond the
-trained ones see values between those that training saw and the limit, never an untrained table row.
+Main entries: `DepthAdapter`, `LoopEmbedding`. Both are functions of `t` that settle as t grows, so that loops beyond
+the trained ones see values between those that training saw and the limit, never an untrained table row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 class DepthAdapter(nn.Module):
     """`up(scale_t * down(branches))` with `scale_t = settled + transient * decay^t` per rank.
 
-    It reads what the block's branches added to the stream, so it is bounded where they are. A per-loop adapter in the spirit of Relaxed Recursive Transformers (Bae et al. 2024, arXiv 2410.20672).
+    It reads what the block's branches added to the stream, so it is bounded where they are. A per-loop adapter in the
+    spirit of Relaxed Recursive Transformers (Bae et al. 2024, arXiv 2410.20672).
     """
 
     def __init__(self, dim: int, rank: int) -> None:
@@ -34,7 +35,7 @@ class DepthAdapter(nn.Module):
 
 
 class LoopEmbedding(nn.Module):
-    """A vector per loop index, `sum_k weight_k * decay_k^t` with fixed decays from 1/2 to 31/32; it fades as t grows."""
+    """A vector per loop index, `sum_k weight_k * decay_k^t`, decays fixed from 1/2 to 31/32; it fades as t grows."""
 
     decays: Tensor
 

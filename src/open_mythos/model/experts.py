@@ -5,7 +5,8 @@ Main entry: `MoEFFN`, as in DeepSeekMoE (arXiv 2401.06066), balanced without an 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +39,19 @@ class MoEFFN(nn.Module):
         self.n_experts, self.topk = config.n_experts, config.n_experts_per_tok
         self.score, self.scale, self.balance_rate = config.router_score, config.routed_scale, config.balance_rate
         self.router = nn.Linear(config.dim, self.n_experts, bias=False)
-        self.register_buffer("router_bias", torch.zeros(self.n_experts))
+        self.register_buffer("router_bias", torch.zeros(self.n_experts, dtype=torch.float32))
         self.gate = nn.Parameter(torch.empty(self.n_experts, config.expert_dim, config.dim))
         self.up = nn.Parameter(torch.empty(self.n_experts, config.expert_dim, config.dim))
         self.down = nn.Parameter(torch.empty(self.n_experts, config.expert_dim, config.dim))
         self.shared = SwiGLU(config.dim, config.shared_dim) if config.shared_dim else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Casts leave the router bias in float32: a balancing step is smaller than bfloat16 can add to it."""
+        bias = self.router_bias
+        super()._apply(fn, recurse)
+        if self.router_bias.dtype != bias.dtype:
+            self.router_bias = bias.to(self.router_bias.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim)."""
@@ -59,7 +68,7 @@ class MoEFFN(nn.Module):
 
     @torch.no_grad()
     def load(self, x: Tensor, active: Tensor | None = None) -> Tensor:
-        """How many slots each expert gets from the `active` (...) tokens of x (..., dim), by default all; (n_experts,)."""
+        """Slots that each expert gets from the `active` (...) tokens of x (..., dim), by default all; (n_experts,)."""
         experts = self.route(x.reshape(-1, x.shape[-1])).experts
         return count_load(experts, self.n_experts, None if active is None else active.reshape(-1, 1).expand_as(experts))
 
@@ -70,13 +79,16 @@ class MoEFFN(nn.Module):
 
     def _all_is_better(self, x: Tensor) -> bool:
         """With few experts one wide product beats sorting; it is also the form that any derivative goes through."""
-        aligned = all(size * x.element_size() % 16 == 0 for size in (x.shape[-1], self.down.shape[1]))  # grouped_mm's rule
+        sizes = (x.shape[-1], self.down.shape[1])
+        aligned = all(size * x.element_size() % 16 == 0 for size in sizes)  # grouped_mm's rule
         return self.n_experts <= 2 * self.topk or not aligned or elementary_only()
 
     def _all_experts(self, x: Tensor, routing: Routing) -> Tensor:
         """Every expert on every token, weighted by 0 where not chosen."""
         weights = routing.weights.to(x.dtype)
-        full = torch.zeros(x.shape[0], self.n_experts, dtype=x.dtype, device=x.device).scatter(1, routing.experts, weights)
+        full = torch.zeros(x.shape[0], self.n_experts, dtype=x.dtype, device=x.device).scatter(
+            1, routing.experts, weights
+        )
         hidden = F.silu(F.linear(x, self.gate.flatten(0, 1))) * F.linear(x, self.up.flatten(0, 1))
         weighed = hidden.unflatten(-1, (self.n_experts, -1)) * full.unsqueeze(-1)
         return weighed.flatten(1) @ self.down.flatten(0, 1)

@@ -6,12 +6,11 @@ Main entries: `save`, `load_config`, `load_weights`. No pickle, no code: JSON an
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 
@@ -26,12 +25,12 @@ def save(model: nn.Module, directory: str | Path) -> None:
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     partial = directory / f".{WEIGHTS_FILE}.partial"
     save_file(weights, partial, metadata={"format": "pt"})
-    os.replace(partial, directory / WEIGHTS_FILE)
+    partial.replace(directory / WEIGHTS_FILE)
     config = model.config
     assert isinstance(config, MythosConfig)
     partial = directory / f".{CONFIG_FILE}.partial"
     partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, directory / CONFIG_FILE)
+    partial.replace(directory / CONFIG_FILE)
 
 
 def load_config(directory: str | Path) -> MythosConfig:
@@ -47,7 +46,7 @@ def load_config(directory: str | Path) -> MythosConfig:
 
 
 def load_weights(model: nn.Module, directory: str | Path) -> None:
-    """Fill the model with the folder's weights; every name and shape must match."""
+    """Fill the model with the folder's weights, in the dtype they have there; every name and shape must match."""
     path = _file(directory, WEIGHTS_FILE)
     try:
         weights = load_file(path)
@@ -62,11 +61,28 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
             f"{path} does not fit its config in {len(names)} tensors, first {first!r}: "
             f"it is {found.get(first, 'missing')}, it must be {expected.get(first, 'absent')}"
         )
+    _adopt_dtypes(model, weights, path)
     model.load_state_dict(weights)
+
+
+def _adopt_dtypes(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Cast every parameter to what it is in the file; buffers, which have no say, follow the first of them."""
+    first = True
+    for name, parameter in model.named_parameters():
+        dtype = weights[name].dtype
+        if not dtype.is_floating_point:
+            raise ValueError(f"{path} holds {name!r} as {dtype}; it must be of a floating-point type")
+        if first:
+            model.to(dtype)
+            first = False
+        parameter.data = parameter.data.to(dtype)
 
 
 def _file(directory: str | Path, name: str) -> Path:
     path = Path(directory) / name
     if not path.is_file():
-        raise ValueError(f"{directory} is not a complete model folder: it has no {name}; it must hold {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise ValueError(
+            f"{directory} is not a complete model folder: it has no {name}; "
+            f"it must hold {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
     return path

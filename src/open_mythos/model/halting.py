@@ -32,7 +32,7 @@ class ACTAccumulator:
     """
 
     def __init__(self, threshold: float, n_loops: Tensor, like: Tensor) -> None:
-        """`n_loops` (batch,), on the CPU, is the most that each sequence may run; `like` is a state (batch, seq, dim)."""
+        """`n_loops` (batch,), on the CPU, is each sequence's budget of loops; `like` is a state (batch, seq, dim)."""
         self.threshold = threshold
         self.fewest, self.most = int(n_loops.min()), int(n_loops.max())
         self.budget = n_loops.to(like.device).unsqueeze(-1).expand(like.shape[:2])

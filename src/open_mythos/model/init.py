@@ -1,6 +1,7 @@
 """Initial weights.
 
-Main entry: `init_weights`. Standard deviations follow Takase et al. 2023 (arXiv 2312.16903), as in Huginn and Parcae.
+Main entry: `init_weights`. The standard deviation is Takase et al.'s (2023, arXiv 2312.16903), as in Huginn and Parcae,
+without their scaling by depth.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ _FIRST_HALTING_PROBABILITY = 0.001
 
 @torch.no_grad()
 def init_weights(model: nn.Module, config: MythosConfig) -> None:
-    """Fill every weight.
+    """Fill every weight: `sqrt(2 / (5 dim))` for the matrices, divided inside a block by its `branch_scale`.
 
-    What reads the stream gets `sqrt(2 / (5 dim))`, what writes to it less by the square root of twice the depth. Inside
-    a block all are divided by its `branch_scale`, which the norms' gains make up for.
+    The blocks' gains make up for that division. What writes to the stream is not made smaller by depth: the decay A
+    already keeps the sum over loops bounded, and smaller starts learned markedly slower.
     """
     std = (0.4 / config.dim) ** 0.5
-    depth = config.prelude_layers + config.recurrent_layers * config.max_loop_iters + config.coda_layers
     nn.init.normal_(model.get_parameter("embed.weight"), std=config.dim**-0.5)
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -37,7 +37,7 @@ def init_weights(model: nn.Module, config: MythosConfig) -> None:
                 nn.init.zeros_(module.bias)
     for module in model.modules():
         if isinstance(module, Block):
-            _init_block(module, std, std / (2 * depth) ** 0.5)
+            _init_block(module, std)
         elif isinstance(module, DepthAdapter):
             nn.init.zeros_(module.up.weight)
         elif isinstance(module, ACTHalting):
@@ -45,16 +45,13 @@ def init_weights(model: nn.Module, config: MythosConfig) -> None:
             nn.init.constant_(module.halt.bias, math.log(_FIRST_HALTING_PROBABILITY / (1 - _FIRST_HALTING_PROBABILITY)))
 
 
-def _init_block(block: Block, std_in: float, std_out: float) -> None:
-    scale = block.branch_scale
+def _init_block(block: Block, std: float) -> None:
     for name, weight in block.named_parameters():
-        if weight.dim() < 2 or name == "attn.qk_gain":
-            continue
-        writes_to_stream = name in ("attn.out.weight", "ffn.down", "ffn.down.weight", "ffn.shared.down.weight")
-        _fill(weight, (std_out if writes_to_stream else std_in) / scale)
+        if weight.dim() >= 2 and name != "attn.qk_gain":
+            _fill(weight, std / block.branch_scale)
     for module in block.modules():
         if isinstance(module, RMSNorm):
-            nn.init.constant_(module.weight, scale)
+            nn.init.constant_(module.weight, block.branch_scale)
 
 
 def _fill(weight: Tensor, std: float) -> None:

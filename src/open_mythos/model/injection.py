@@ -15,6 +15,9 @@ from open_mythos.model.context import ForwardContext, Injected
 # Bounds on the decay rate dt * a. exp(-9) is normal in float16, exp(-0.01) is below 1 in bfloat16.
 _RATE_MIN, _RATE_MAX = 0.01, 9.0
 
+# A of a new model, before the smooth bound: Parcae's. At 0.7 answers decayed with depth, at 0.2 learning was slow.
+_FIRST_A = math.sqrt(0.2)
+
 
 class LTIInjection(nn.Module):
     """Per channel `A = exp(-dt * a)`; `a` and `dt` are positive, and their product is kept within [0.01, 9].
@@ -26,7 +29,7 @@ class LTIInjection(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.log_a = nn.Parameter(torch.zeros(dim))
-        self.log_dt = nn.Parameter(torch.full((dim,), math.log(-math.log(math.sqrt(0.2)))))  # A = 0.447, as in Parcae
+        self.log_dt = nn.Parameter(torch.full((dim,), math.log(-math.log(_FIRST_A))))
         self.B = nn.Parameter(torch.ones(dim))
 
     def get_A(self) -> Tensor:

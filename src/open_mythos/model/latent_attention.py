@@ -22,8 +22,8 @@ _STANDALONE = CacheAddress("prelude", 0)
 class MLAttention(nn.Module):
     """Caches `kv_lora_rank + qk_rope_head_dim` numbers per token.
 
-    Keys and values can be rebuilt from the latent for every head, or the up-projections can be absorbed into queries and
-    outputs so that attention runs in the latent space. Both give the same numbers; the cheaper one is taken.
+    Keys and values can be rebuilt from the latent for every head, or the up-projections can be absorbed into queries
+    and outputs so that attention runs in the latent space. Both give the same numbers; the cheaper one is taken.
     """
 
     def __init__(self, config: MythosConfig, window: int | None = None) -> None:

@@ -19,6 +19,7 @@ from open_mythos.model.block import Block
 from open_mythos.model.cache import CacheAddress, DictStore, PlainCache, Stage
 from open_mythos.model.checks import check_ids, check_loops, check_sampling
 from open_mythos.model.context import ForwardContext
+from open_mythos.model.evaluation import evaluating
 from open_mythos.model.experts import MoEFFN
 from open_mythos.model.init import init_weights
 from open_mythos.model.norm import RMSNorm
@@ -81,7 +82,10 @@ class OpenMythos(nn.Module):
         return self.recurrent.step(h, e, t, context or self.context(h.shape[1]), active)
 
     def decode(self, h: Tensor, context: ForwardContext | None = None, *, last: int | None = None) -> Tensor:
-        """Logits (batch, seq, vocab_size) of a state h (batch, seq, dim): coda, norm, head; `last` keeps that many positions."""
+        """Logits (batch, seq, vocab_size) of a state h (batch, seq, dim): coda, norm, head.
+
+        `last` computes them for that many final positions only.
+        """
         x = self._run(self.coda, "coda", h, context or self.context(h.shape[1]))
         if last is not None:
             x = x[:, -last:]
@@ -108,9 +112,9 @@ class OpenMythos(nn.Module):
     ) -> Tensor | MythosOutput:
         """Logits (batch, seq, vocab_size) of token ids (batch, seq).
 
-        `n_loops` is one depth for all or one per sequence, (batch,); None means `max_loop_iters`. A plain dict passed as
-        `kv_cache` is filled, and continues the sequence when passed again. `last` computes logits for that many final
-        positions only. In training mode the routers' biases take one balancing step.
+        `n_loops` is one depth for all or one per sequence, (batch,); None means `max_loop_iters`. A plain dict passed
+        as `kv_cache` is filled, and continues the sequence when passed again. `last` computes logits for that many
+        final positions only. In training mode the routers' biases take one balancing step.
 
         Raises `ValueError` for ids, loops or a cache that do not fit, before anything is computed or changed.
         """
@@ -161,9 +165,7 @@ class OpenMythos(nn.Module):
         (batch, seq + max_new_tokens).
         """
         check_sampling(ids, max_new_tokens, temperature, top_k, self.config)
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             cache: PlainCache = {}
             sequence, new = ids, ids
             for _ in range(max_new_tokens):
@@ -171,8 +173,6 @@ class OpenMythos(nn.Module):
                 new = _sample(logits, temperature, top_k, generator)
                 sequence = torch.cat([sequence, new], 1)
             return sequence
-        finally:
-            self.train(was_training)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` and `model.safetensors` to a model folder, each file whole or not at all."""
@@ -180,7 +180,7 @@ class OpenMythos(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, device: str | torch.device = "cpu") -> OpenMythos:
-        """Read a model folder; the model is returned in evaluation mode.
+        """Read a model folder; the model is returned in evaluation mode, in the dtype it was saved in.
 
         Raises `ValueError` if the folder is incomplete, damaged, or was written by a newer version.
         """

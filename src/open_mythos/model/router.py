@@ -1,6 +1,7 @@
 """Which experts a token goes to, and how the choice is kept balanced.
 
-Main entries: `route`, `balance_step`. A bias decides the choice and never the weights (Wang et al. 2024, arXiv 2408.15664).
+Main entries: `route`, `balance_step`. A bias decides the choice and never the weights (Wang et al. 2024, arXiv
+2408.15664).
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ class Routing(NamedTuple):
 
 
 def route(logits: Tensor, bias: Tensor, top_k: int, score: str, scale: float) -> Routing:
-    """Choose the `top_k` highest of `logits + bias` (tokens, experts); weigh them by the unbiased scores, summing to `scale`."""
+    """Choose the `top_k` highest of `logits + bias` (tokens, experts).
+
+    The weights come from the unbiased scores and sum to `scale`.
+    """
     logits = logits.float()
     experts = (logits.detach() + bias).topk(top_k, -1, sorted=False).indices
     chosen = logits.gather(-1, experts)
@@ -32,7 +36,7 @@ def route(logits: Tensor, bias: Tensor, top_k: int, score: str, scale: float) ->
 
 
 def count_load(experts: Tensor, n_experts: int, counted: Tensor | None = None) -> Tensor:
-    """How many of the slots in `experts` each expert received, (n_experts,); only slots that are `counted`, if given."""
+    """How many slots of `experts` each expert received, (n_experts,); only slots that are `counted`, if given."""
     flat = experts.flatten()
     ones = torch.ones_like(flat) if counted is None else counted.reshape(-1).to(flat.dtype)
     return flat.new_zeros(n_experts).scatter_add_(0, flat, ones)

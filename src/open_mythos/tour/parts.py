@@ -16,13 +16,14 @@ from open_mythos.analysis import plots
 from open_mythos.analysis.depth_sweep import depth_sweep
 from open_mythos.analysis.halting import halting_matrix
 from open_mythos.analysis.jacobian import jacobian_spectral_radius
-from open_mythos.analysis.kv_memory import compare_kv_cache
-from open_mythos.analysis.report import Section
+from open_mythos.analysis.kv_memory import KVCacheComparison, compare_kv_cache
+from open_mythos.analysis.memory_plan import plan_inference, plan_training
+from open_mythos.analysis.report import Row, Section
 from open_mythos.analysis.routing import expert_load
 from open_mythos.analysis.stability import spectrum, stability
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.presets import mythos_tutorial_gqa, mythos_tutorial_mla
-from open_mythos.tour.recipe import Trained, TourRecipe
+from open_mythos.tour.recipe import TourRecipe, Trained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,10 +65,19 @@ def model_sizes(gqa: OpenMythos, mla: OpenMythos, toured: OpenMythos) -> Part:
         }
         for name, model in models.items()
     ]
+    plans = {}
+    for name, model in models.items():
+        plans[f"{name}: serving"] = plan_inference(model.config, batch=64, seq_len=24, n_loops=4)
+        plans[f"{name}: training"] = plan_training(model.config, batch=64, seq_len=24, n_loops=4)
     section = Section(
         title="Model sizes",
-        text="Prelude, one recurrent block, coda. More loops make the model deeper, with the same weights.",
+        text="A prelude, one recurrent block and a coda. More loops make the model deeper, with the same weights. What "
+        "serving and training need in memory is planned from the config alone: here for 64 sequences of 24 tokens in "
+        "4 loops.",
+        verdict=f"At 16 loops this tour's model is {_depth(toured, 16)} layers deep, with the parameters of "
+        f"{_depth(toured, 1)}.",
         rows=rows,
+        pictures={"memory_plan": _png(plots.memory_plan(plans))},
     )
     return Part("model_sizes", {str(row["model"]): row["parameters"] for row in rows}, section)
 
@@ -81,19 +91,27 @@ def kv_cache(gqa: OpenMythos, mla: OpenMythos) -> Part:
     """Part 2: the cache of both kinds of attention, measured and planned."""
     found = compare_kv_cache(gqa, mla)
     rows = [
-        {"attention": name, "measured bytes": size.measured, "planned bytes": size.planned, "entries": size.layer_keys}
+        {"attention": name, "layers x loops": size.layer_keys, "measured B": size.measured, "planned B": size.planned}
         for name, size in (("GQA", found.gqa), ("MLA", found.mla))
     ]
     section = Section(
         title="KV cache",
-        text=f"The keys and values of {found.seq_len} tokens in {found.n_loops} loops. Multi-latent attention caches one "
-        "latent and one shared rotary key per token, instead of a key and a value for each head.",
-        verdict=f"MLA's cache is {found.ratio:.2f} times smaller, and the planner's figures are the measured ones.",
+        text=f"The keys and values of {found.seq_len} tokens in {found.n_loops} loops. Multi-latent attention (MLA) "
+        "caches one latent and one shared rotary key per token; grouped-query attention (GQA) a key and a value for "
+        "each of its key-value heads.",
+        verdict=f"MLA's cache is {found.ratio:.2f} times smaller. The memory plan {_exactness(found)}.",
         rows=rows,
-        picture=_png(plots.kv_cache(found)),
+        pictures={"kv_cache": _png(plots.kv_cache(found))},
     )
     data = {"ratio": found.ratio, "gqa_bytes": found.gqa.measured, "mla_bytes": found.mla.measured}
     return Part("kv_cache", data, section)
+
+
+def _exactness(found: KVCacheComparison) -> str:
+    sizes = (found.gqa, found.mla)
+    if all(size.measured == size.planned for size in sizes):
+        return "gave both sizes to the byte"
+    return f"was off by {max(abs(size.measured - size.planned) for size in sizes):,} bytes"
 
 
 def stable_injection(model: OpenMythos) -> Part:
@@ -109,14 +127,14 @@ def stable_injection(model: OpenMythos) -> Part:
         optimizer.step()
     after = spectrum(model)
     rows = [
-        {"A": when, "smallest": found.smallest, "largest (rho)": found.rho, "mean": found.mean}
-        for when, found in (("new", before), ("after 30 steps of Adam at lr 1.0", after))
+        {"model": when, "smallest A": found.smallest, "mean A": found.mean, "largest A (rho)": found.rho}
+        for when, found in (("new", before), ("after 30 steps of Adam at learning rate 1.0", after))
     ]
     section = Section(
         title="Stability by construction",
-        text="Each loop begins with A*h + B*e. A is diagonal, and its entries cannot leave (0, 1), whatever the optimizer "
-        "does to the parameters behind it: the state neither explodes nor is erased.",
-        verdict=f"After abuse, A lies between {after.smallest:.2g} and {after.rho:.4f}.",
+        text="Each loop begins with `A*h + B*e`. A is diagonal, and its entries cannot leave (0, 1), whatever the "
+        "optimizer does to the parameters behind it: the state neither explodes nor is erased.",
+        verdict=f"After abuse, every entry of A lies between {after.smallest:.2g} and {after.rho:.4f}.",
         rows=rows,
     )
     data = {"rho_new": before.rho, "rho_abused": after.rho, "smallest_abused": after.smallest}
@@ -129,11 +147,10 @@ def task(recipe: TourRecipe) -> Part:
     bits, parities = (" ".join(str(int(x) - 1) for x in row[0]) for row in (ids, targets))
     section = Section(
         title="The task",
-        text="After every bit: is the number of ones so far odd? The last answer needs all bits. A layer of this model "
-        f"sees {recipe.model.loop_reach} positions, so that information travels a few positions per loop: long strings "
-        "need many loops. Training uses strings of "
-        f"1 to {recipe.max_bits} bits, with one loop per {recipe.task.bits_per_loop} bits and never more than "
-        f"{recipe.trained_loops}.",
+        text="After every bit: is the number of ones so far odd? The last answer needs all bits. A layer of this "
+        f"model sees {recipe.model.loop_reach} positions, so that information travels a few positions per loop: long "
+        f"strings need many loops. Training uses strings of 1 to {recipe.max_bits} bits, with one loop per "
+        f"{recipe.task.bits_per_loop} bits and never more than {recipe.trained_loops}.",
         preformatted=f"bits     {bits}\nparity   {parities}",
     )
     return Part("task", {"max_bits": recipe.max_bits, "max_loops": recipe.trained_loops}, section)
@@ -146,22 +163,31 @@ def training(recipe: TourRecipe, trained: Trained) -> Part:
     radius = jacobian_spectral_radius(trained.model, ids[:1], 32)
     last = trained.steps[-20:]
     loss = sum(step.loss for step in last) / len(last)
-    rows = [
+    accuracy = sum(step.accuracy for step in last) / len(last)
+    largest = max(norm.largest for norm in report.loops)
+    rows: list[Row] = [
         {"quantity": "steps", "value": len(trained.steps)},
-        {"quantity": "seconds", "value": trained.seconds},
-        {"quantity": "loss, mean of the last 20 steps", "value": loss},
-        {"quantity": "accuracy, mean of the last 20 steps", "value": sum(step.accuracy for step in last) / len(last)},
+        {"quantity": "seconds", "value": f"{trained.seconds:.0f}"},
+        {"quantity": f"loss, mean of the last {len(last)} steps", "value": loss},
+        {"quantity": f"accuracy, mean of the last {len(last)} steps", "value": accuracy},
         {"quantity": "rho(A)", "value": report.spectrum.rho},
-        {"quantity": "largest state norm in 32 loops", "value": max(norm.largest for norm in report.loops)},
-        {"quantity": "its proved bound", "value": report.limit},
-        {"quantity": "spectral radius of a whole loop's Jacobian, after 32 loops", "value": radius},
+        {"quantity": "largest norm of the state in 32 loops", "value": largest},
+        {"quantity": "its proved bound, for any number of loops", "value": report.limit},
+        {"quantity": "spectral radius of a whole loop's Jacobian after 32 loops", "value": radius},
     ]
+    change = "shrink" if radius < 1 else "grow"
     section = Section(
         title="Training",
-        text="AdamW on random strings. The state stays far below its proved bound; a spectral radius below 1 of the whole "
-        "loop's Jacobian means that the state has settled: further loops change nothing.",
+        text="AdamW on random strings; then the halting head alone learns when answers have settled. The norm of the "
+        "state has a proved bound. The spectral radius of a whole loop's Jacobian says what becomes of a small change "
+        "of the state: below 1 it dies out, and the state comes to rest.",
+        verdict=f"Accuracy {accuracy:.3f} at the end of training. The state reaches {largest / report.limit:.0%} of "
+        f"its bound; after 32 loops small changes {change} by a factor of {radius:.2f} per loop.",
         rows=rows,
-        picture=_png(plots.training_loss([step.loss for step in trained.steps])),
+        pictures={
+            "training": _png(plots.training_loss([step.loss for step in trained.steps])),
+            "stability": _png(plots.stability(report)),
+        },
     )
     data = {"steps": len(trained.steps), "seconds": trained.seconds, "loss": loss, "rho": report.spectrum.rho}
     return Part("training", {**data, "jacobian_radius": radius, "state_bound": report.limit}, section)
@@ -176,15 +202,20 @@ def extrapolation(recipe: TourRecipe, model: OpenMythos) -> Part:
         {"loops": loops, **{f"{row['length']} bits": row["accuracy"] for row in sweep if row["n_loops"] == loops}}
         for loops in recipe.sweep_loops
     ]
-    best = {length: max(row["accuracy"] or 0.0 for row in sweep if row["length"] == length) for length in recipe.sweep_lengths}
-    found = ", ".join(f"{accuracy:.3f} on {length} bits" for length, accuracy in best.items())
+    at = {(row["length"], row["n_loops"]): row["accuracy"] or 0.0 for row in sweep}
+    deep = max(recipe.sweep_loops)
+    shallow = max((loops for loops in recipe.sweep_loops if loops <= recipe.trained_loops), default=deep)
+    found = ", ".join(
+        f"{at[length, shallow]:.3f} to {at[length, deep]:.3f} on {length} bits" for length in recipe.sweep_lengths
+    )
     section = Section(
         title="Depth extrapolation",
-        text=f"Trained on at most {recipe.max_bits} bits with at most {recipe.trained_loops} loops. The weights stay as "
-        "they are; only the number of loops changes. Longer strings need more loops, and more than needed does no harm.",
-        verdict=f"Best accuracy: {found}.",
+        text=f"Trained on at most {recipe.max_bits} bits with at most {recipe.trained_loops} loops. The weights stay "
+        "as they are; only the number of loops changes. A model that has learned the rule itself needs more loops for "
+        "longer strings, and takes no harm from more loops than needed.",
+        verdict=f"From {shallow} to {deep} loops, accuracy goes from {found}.",
         rows=by_loops,
-        picture=_png(plots.depth_sweep(sweep, recipe.trained_loops, chance=0.5)),
+        pictures={"depth_sweep": _png(plots.depth_sweep(sweep, recipe.trained_loops, chance=0.5))},
     )
     return Part("depth_sweep", {"rows": sweep}, section)
 
@@ -200,10 +231,12 @@ def halting(recipe: TourRecipe, model: OpenMythos) -> Part:
     section = Section(
         title="Adaptive computation",
         text="Every position stops when its halting probabilities add up to the threshold, and is then frozen: later "
-        "loops neither change nor compute it. Early bits are easy and stop early; late bits have to wait for information.",
-        verdict=f"Of 32 loops, {report.mean_exit:.1f} were needed on average, at accuracy {accuracy:.3f}.",
+        "loops neither change nor compute it. Late bits have to wait for information from the start of the string, so "
+        "that they should stop later than early ones.",
+        verdict=f"Of 32 loops, positions used {report.mean_exit:.1f} on average, the first four bits "
+        f"{sum(exits[:4]) / 4:.1f} and the last four {sum(exits[-4:]) / 4:.1f}, at accuracy {accuracy:.3f}.",
         rows=rows,
-        picture=_png(plots.halting(report)),
+        pictures={"halting": _png(plots.halting(report))},
     )
     return Part("halting", {"mean_exit": report.mean_exit, "exit_by_position": exits, "accuracy": accuracy}, section)
 
@@ -212,40 +245,56 @@ def routing(recipe: TourRecipe, model: OpenMythos) -> Part:
     """Part 8: whether all experts work."""
     ids, _ = recipe.task.batch(64, 24, torch.Generator().manual_seed(recipe.seed + 4))
     report = expert_load(model, ids, recipe.trained_loops)
-    total = report.layers[0]
+    layers = report.layers
+    worst = max(range(len(layers)), key=lambda layer: layers[layer].imbalance)
+    total = layers[worst]
     rows = [
-        {"expert": expert, "share of slots": total.shares[expert], "slots": slots}
-        for expert, slots in enumerate(total.slots)
+        {
+            "expert": expert,
+            **{f"share, layer {layer}": f"{load.shares[expert]:.1%}" for layer, load in enumerate(layers)},
+        }
+        for expert in range(len(total.slots))
     ]
     section = Section(
         title="Expert load",
-        text="A bias on the router's logits, moved a little after every training step, keeps the experts busy without an "
-        "auxiliary loss.",
-        verdict=f"Expert {total.busiest} is the busiest, with {total.shares[total.busiest]:.1%} of the slots; "
+        text="A bias on the router's logits, moved a little after every training step, keeps the experts busy without "
+        f"an auxiliary loss. Each of 64 strings of 24 bits takes {recipe.model.n_experts_per_tok} slots per bit and "
+        f"loop, here in at most {recipe.trained_loops} loops.",
+        verdict=f"The busiest expert is number {total.busiest} of layer {worst}, with "
+        f"{total.shares[total.busiest]:.1%} of the layer's slots; "
         f"an even share is {1 / len(total.slots):.1%}.",
         rows=rows,
-        picture=_png(plots.expert_load(report)),
+        pictures={"expert_load": _png(plots.expert_load(report, worst))},
     )
-    return Part("expert_load", {"shares": total.shares, "imbalance": total.imbalance}, section)
+    data = {"shares_by_layer": [load.shares for load in layers], "imbalance": total.imbalance}
+    return Part("expert_load", data, section)
 
 
 def answers(recipe: TourRecipe, model: OpenMythos) -> Part:
     """Part 9: one string, answered at several depths."""
     ids, targets = recipe.task.batch(1, 24, torch.Generator().manual_seed(recipe.seed + 5))
-    lines = [f"{'bits':<12}{_digits(ids)}", f"{'parity':<12}{_digits(targets)}"]
+    lines = [f"{'bits':<12}{_digits(ids)}", f"{'parity':<12}{_digits(targets)}", ""]
     right: dict[int, int] = {}
     with torch.no_grad():
         for n_loops in (1, 2, 4, 6, 12, 32):
             guess = model(ids, n_loops).argmax(-1)
             right[n_loops] = int((guess == targets).sum())
-            lines.append(f"{f'{n_loops} loops':<12}{_digits(guess)}   {right[n_loops]} of {ids.shape[1]} right")
-            lines.append(" " * 12 + " ".join(" " if ok else "^" for ok in (guess == targets)[0].tolist()))
+            lines.append(f"{_loops(n_loops):<12}{_digits(guess)}   {right[n_loops]} of {ids.shape[1]} right")
+            if right[n_loops] < ids.shape[1]:
+                lines.append(" " * 12 + " ".join(" " if ok else "^" for ok in (guess == targets)[0].tolist()))
+    few, many = min(right), max(right)
     section = Section(
         title="Answers",
-        text="One string of 24 bits, longer than any in training, answered at several depths. Wrong answers are marked.",
-        preformatted="\n".join(line.rstrip() for line in lines if line.strip()),
+        text=f"One string of {ids.shape[1]} bits, longer than any in training, answered at several depths. A mark `^` "
+        "stands below each wrong answer.",
+        verdict=f"{right[few]} of {ids.shape[1]} right with {_loops(few)}, {right[many]} with {_loops(many)}.",
+        preformatted="\n".join(line.rstrip() for line in lines),
     )
     return Part("answers", {"right_by_loops": {str(loops): count for loops, count in right.items()}}, section)
+
+
+def _loops(count: int) -> str:
+    return "1 loop" if count == 1 else f"{count} loops"
 
 
 def _digits(row: torch.Tensor) -> str:

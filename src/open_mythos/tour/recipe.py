@@ -5,11 +5,13 @@ Main entries: `TourRecipe`, `train`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from open_mythos.config import MythosConfig
 from open_mythos.data.parity import Parity
@@ -23,9 +25,11 @@ class TourRecipe:
     """Model, task and training of the tour. Strings have at most `max_bits` bits, and so at most 4 loops."""
 
     seed: int = 0
-    task: Parity = Parity()
+    task: Parity = field(default_factory=Parity)
     max_bits: int = 16
     batch_size: int = 64
+    growth: float = 0.5
+    """Share of the training over which the longest string grows from one loop's worth of bits to `max_bits`."""
     sweep_loops: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
     sweep_lengths: tuple[int, ...] = (24, 48, 96)
     sweep_strings: int = 256
@@ -35,21 +39,27 @@ class TourRecipe:
             dim=64,
             max_seq_len=96,
             max_loop_iters=32,
-            window=5,
-            outer_window=5,
+            recurrent_layers=2,
+            window=3,
+            outer_window=3,
             n_experts=4,
             expert_dim=32,
         )
     )
-    training: FitConfig = field(default_factory=lambda: FitConfig(steps=600, learning_rate=2e-3, weight_decay=0.1))
+    training: FitConfig = field(default_factory=lambda: FitConfig(steps=800, learning_rate=5e-4, weight_decay=0.1))
     halting: HaltingFitConfig = field(
-        default_factory=lambda: HaltingFitConfig(steps=60, learning_rate=0.1, extra_loops=12)
+        default_factory=lambda: HaltingFitConfig(steps=100, learning_rate=0.1, extra_loops=8)
     )
 
     @property
     def trained_loops(self) -> int:
         """The most loops that training ever runs."""
         return self.task.loops(self.max_bits)
+
+    def longest(self, step: int) -> int:
+        """The most bits that a string of this training step may have."""
+        growing = math.ceil(self.max_bits * (step + 1) / max(1.0, self.growth * self.training.steps))
+        return min(self.max_bits, max(self.task.bits_per_loop, growing))
 
 
 @dataclass(frozen=True)
@@ -68,10 +78,14 @@ def train(recipe: TourRecipe, on_step: Callable[[int, float], None] | None = Non
     model = OpenMythos(recipe.model)
     steps: list[Step] = []
 
-    def draw(_: int) -> Batch:
-        length = int(torch.randint(1, recipe.max_bits + 1, (), generator=random))
+    def draw(step: int) -> Batch:
+        longest = recipe.longest(step)
+        length = int(torch.randint(1, longest + 1, (), generator=random))
         ids, targets = recipe.task.batch(recipe.batch_size, length, random)
         return Batch(ids, targets, recipe.task.loops(length))
+
+    def draw_longest(_: int) -> tuple[Tensor, int]:
+        return recipe.task.batch(recipe.batch_size, recipe.max_bits, random)[0], recipe.trained_loops
 
     def record(step: Step) -> None:
         steps.append(step)
@@ -84,5 +98,5 @@ def train(recipe: TourRecipe, on_step: Callable[[int, float], None] | None = Non
 
     start = time.perf_counter()
     fit(model, draw, recipe.training, record)
-    fit_halting(model, lambda step: (draw(step).ids, recipe.trained_loops), recipe.halting, record_halting)
+    fit_halting(model, draw_longest, recipe.halting, record_halting)
     return Trained(model, tuple(steps), time.perf_counter() - start)

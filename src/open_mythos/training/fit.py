@@ -34,6 +34,7 @@ class FitConfig:
     steps: int
     learning_rate: float
     weight_decay: float
+    betas: tuple[float, float] = (0.9, 0.99)
     warmup: int = 20
     clip: float = 1.0
     ponder_weight: float = 0.0
@@ -65,7 +66,7 @@ def fit(
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
     model.train()
     for index in range(config.steps):
@@ -74,7 +75,9 @@ def fit(
         task_loss = F.cross_entropy(output.logits.flatten(0, 1), batch.targets.flatten(), ignore_index=_IGNORED)
         value = float(task_loss.detach())
         if not math.isfinite(value):
-            raise ValueError(f"loss is {value} at step {index}; a lower learning_rate than {config.learning_rate} may help")
+            raise ValueError(
+                f"loss is {value} at step {index}; a lower learning_rate than {config.learning_rate} may help"
+            )
         optimizer.zero_grad(set_to_none=True)
         (task_loss + _ponder(index, output, config)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from open_mythos.model.mythos import OpenMythos
 
+_CONFIDENT = 0.9
+
 
 @dataclass(frozen=True, kw_only=True)
 class HaltingFitConfig:
@@ -32,10 +34,13 @@ def fit_halting(
     config: HaltingFitConfig,
     on_step: Callable[[int, float], None] | None = None,
 ) -> None:
-    """Train `model.recurrent.act` on the ids (batch, seq) and loops of `draw(step)`; leaves the model in evaluation mode.
+    """Train `model.recurrent.act` on the ids (batch, seq) and loops of `draw(step)`.
 
-    The target of a position at a loop is 1 if its most likely token there is already that of the deepest loop, and stays
-    so (the self-supervised form of Ouro's second stage, arXiv 2510.25741). `on_step` gets the step and the loss.
+    A position's answer is settled from the loop on from which the deepest loop's most likely token never falls below a
+    probability of 0.9 (in the spirit of Ouro's second stage, arXiv 2510.25741, but without labels). The target is 1
+    from the loop after that: the keys of a position's last loop come from the state before it, so one more loop is
+    needed for the settled state to reach the positions that depend on it. `on_step` gets the step and the loss.
+    Leaves the model in evaluation mode.
 
     Raises `ValueError` if the model was built without halting.
     """
@@ -46,8 +51,8 @@ def fit_halting(
     model.eval()
     for step in range(config.steps):
         ids, n_loops = draw(step)
-        states, settled = _settled_states(model, ids, n_loops + config.extra_loops)
-        loss = F.binary_cross_entropy(act(states), settled)
+        states, targets = _states_and_targets(model, ids, n_loops + config.extra_loops)
+        loss = F.binary_cross_entropy(act(states), targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -56,16 +61,18 @@ def fit_halting(
 
 
 @torch.no_grad()
-def _settled_states(model: OpenMythos, ids: Tensor, n_loops: int) -> tuple[Tensor, Tensor]:
-    """States of all loops, one after the other in the batch, and whether each one's answer is the final one for good."""
+def _states_and_targets(model: OpenMythos, ids: Tensor, n_loops: int) -> tuple[Tensor, Tensor]:
+    """States of all loops, one after the other in the batch, and the halting target of each."""
     context = model.context(ids.shape[1])
     e = model.encode(ids, context)
     h = model.recurrent.initial_state(e)
-    states, answers = [], []
+    states, predictions = [], []
     for t in range(n_loops):
         h = model.loop_step(h, e, t, context)
         states.append(h)
-        answers.append(model.decode(h, context).argmax(-1))
-    same = torch.stack(answers) == answers[-1]
-    settled = same.flip(0).cumprod(0).flip(0)
-    return torch.cat(states), settled.flatten(0, 1).to(h.dtype)
+        predictions.append(model.decode(h, context).softmax(-1))
+    answers = predictions[-1].argmax(-1, keepdim=True)
+    confident = torch.stack([prediction.gather(-1, answers).squeeze(-1) >= _CONFIDENT for prediction in predictions])
+    settled = confident.to(h.dtype).flip(0).cumprod(0).flip(0)
+    targets = torch.cat([torch.zeros_like(settled[:1]), settled[:-1]])
+    return torch.cat(states), targets.flatten(0, 1)

@@ -1,0 +1,26 @@
+"""A model in evaluation mode for a while, without leaving a trace.
+
+Main entry: `evaluating`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, then every module's own mode again: parts that were frozen in evaluation mode remain so.
+
+    In training mode a forward pass would move the routers' biases.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,52 @@
+"""The answers of tasks are right."""
+
+import pytest
+import torch
+
+from open_mythos.data.parity import Parity
+
+
+def naive_parities(bits: list[int]) -> list[int]:
+    """After every bit, whether the number of ones so far is odd, counted one by one."""
+    found, ones = [], 0
+    for bit in bits:
+        if bit == 1:
+            ones += 1
+        found.append(1 if ones % 2 == 1 else 0)
+    return found
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 96])
+def test_the_answers_are_those_of_a_naive_count(length: int) -> None:
+    ids, targets = Parity().batch(32, length, torch.Generator().manual_seed(0))
+    assert ids.shape == targets.shape == (32, length)
+    for string, answers in zip(ids.tolist(), targets.tolist(), strict=True):
+        assert [answer - 1 for answer in answers] == naive_parities([token - 1 for token in string])
+
+
+def test_a_string_by_hand() -> None:
+    assert naive_parities([0, 1, 1, 1, 0]) == [0, 1, 0, 1, 1]
+
+
+def test_ids_and_answers_are_tokens_of_the_vocabulary_and_both_are_frequent() -> None:
+    """Of 6400 fair bits, fewer than 2900 ones or zeros would be seven standard deviations away."""
+    task = Parity()
+    ids, targets = task.batch(64, 100, torch.Generator().manual_seed(1))
+    for tokens in (ids, targets):
+        counts = tokens.flatten().bincount(minlength=task.vocab_size)
+        assert counts[0] == 0
+        assert counts[1:].min() > 2900
+        assert len(counts) == task.vocab_size
+
+
+def test_a_generator_makes_strings_repeatable_and_leaves_the_global_state_alone() -> None:
+    before = torch.get_rng_state()
+    one, same, other = (Parity().batch(4, 24, torch.Generator().manual_seed(seed))[0] for seed in (5, 5, 6))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_loops_grow_with_the_length() -> None:
+    assert [Parity().loops(length) for length in (1, 4, 5, 8, 16, 17)] == [1, 1, 2, 2, 4, 5]
+    assert Parity(bits_per_loop=1).loops(7) == 7
