@@ -12,7 +12,6 @@ from open_mythos.config import MythosConfig
 from open_mythos.tour.parts import Part, as_data, run_parts
 from open_mythos.tour.recipe import TourRecipe, Trained, train
 from open_mythos.training.fit import FitConfig
-from open_mythos.training.halting import HaltingFitConfig
 
 KEYS = [
     "model_sizes",
@@ -43,7 +42,6 @@ RECIPE = TourRecipe(
         expert_dim=8,
     ),
     training=FitConfig(steps=3, learning_rate=0.01, weight_decay=0.1),
-    halting=HaltingFitConfig(steps=2, learning_rate=0.1, extra_loops=2),
 )
 
 

@@ -15,7 +15,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from open_mythos.analysis.report import format_cell
 from open_mythos.bench.cases import CASES, Measured, run_case
 from open_mythos.bench.peer import PEER, PeerUnavailableError, load_peer
 from open_mythos.bench.timing import matmul_peak, read_bandwidth
@@ -59,21 +58,26 @@ def run(arguments: Arguments) -> None:
 
 
 def _table(measured: list[Measured]) -> Table:
-    table = Table(title=f"Median milliseconds (per token for decode), beside {PEER}", title_justify="left")
-    table.add_column("case")
-    for name in ("loops", "parameters", "peer's", "ms", "peer ms", "times faster", "floor ms", "times floor"):
-        table.add_column(name, justify="right")
+    title = f"Median milliseconds (per token for decode), beside {PEER}; M: million parameters"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+    table.add_column("case", no_wrap=True)
+    for name in ("loops", "M", "peer M", "ms", "peer ms", "faster", "floor ms", "x floor"):
+        table.add_column(name, justify="right", no_wrap=True)
     for one in measured:
         row = one.to_dict()
-        milliseconds = [
-            None if row[key] is None else row[key] * 1e3 for key in ("seconds", "peer_seconds", "floor_seconds")
-        ]
         table.add_row(
             f"{one.case.task} {one.case.size}",
-            *map(format_cell, (one.case.n_loops, one.parameters, one.peer_parameters)),
-            *(f"{value:.2f}" if value is not None else "-" for value in milliseconds[:2]),
-            f"{one.speedup:.2f}" if one.speedup is not None else "-",
-            f"{milliseconds[2]:.2f}",
-            f"{row['times_floor']:.1f}",
+            str(one.case.n_loops),
+            _number(one.parameters / 1e6),
+            _number(None if one.peer_parameters is None else one.peer_parameters / 1e6),
+            _number(one.ours * 1e3),
+            _number(None if one.peer is None else one.peer * 1e3),
+            _number(one.speedup),
+            _number(one.floor * 1e3),
+            _number(row["times_floor"]),
         )
     return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -59,13 +59,10 @@ def run(arguments: Arguments) -> None:
 
 
 def _recipe(arguments: Arguments) -> TourRecipe:
-    """The tour's recipe; with fewer steps of training, the halting head gets no more than that either."""
     recipe = TourRecipe(seed=arguments.seed)
     if arguments.steps is None:
         return recipe
-    training = replace(recipe.training, steps=arguments.steps)
-    halting = replace(recipe.halting, steps=min(recipe.halting.steps, arguments.steps))
-    return replace(recipe, training=training, halting=halting)
+    return replace(recipe, training=replace(recipe.training, steps=arguments.steps))
 
 
 @contextmanager
@@ -82,13 +79,8 @@ def _one_thread() -> Iterator[None]:
 def _train_with_progress(recipe: TourRecipe, console: Console) -> Trained:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console) as progress:
-        bar = progress.add_task("training", total=recipe.training.steps + recipe.halting.steps, loss="")
-
-        def show(done: int, loss: float) -> None:
-            phase = "training" if done <= recipe.training.steps else "learning to halt"
-            progress.update(bar, completed=done, description=phase, loss=f"loss {loss:.3f}")
-
-        return train(recipe, show)
+        bar = progress.add_task("training", total=recipe.training.steps, loss="")
+        return train(recipe, lambda done, loss: progress.update(bar, completed=done, loss=f"loss {loss:.3f}"))
 
 
 def _print_section(console: Console, number: int, section: Section) -> None:

@@ -178,7 +178,7 @@ def training(recipe: TourRecipe, trained: Trained) -> Part:
     change = "shrink" if radius < 1 else "grow"
     section = Section(
         title="Training",
-        text="AdamW on random strings; then the halting head alone learns when answers have settled. The norm of the "
+        text="AdamW on random strings. The norm of the "
         "state has a proved bound. The spectral radius of a whole loop's Jacobian says what becomes of a small change "
         "of the state: below 1 it dies out, and the state comes to rest.",
         verdict=f"Accuracy {accuracy:.3f} at the end of training. The state reaches {largest / report.limit:.0%} of "
@@ -230,9 +230,9 @@ def halting(recipe: TourRecipe, model: OpenMythos) -> Part:
     rows = [{"bit": bit + 1, "mean exit loop": exits[bit]} for bit in range(0, len(exits), 4)]
     section = Section(
         title="Adaptive computation",
-        text="Every position stops when its halting probabilities add up to the threshold, and is then frozen: later "
-        "loops neither change nor compute it. Late bits have to wait for information from the start of the string, so "
-        "that they should stop later than early ones.",
+        text="A position stops when its halting probabilities add up to the threshold, and is then frozen: later "
+        "loops leave its state, keys and values as they are. This model was trained without a ponder cost, so that "
+        "nothing asked it to stop: the probabilities stay small, and the answer is that of the last loop.",
         verdict=f"Of 32 loops, positions used {report.mean_exit:.1f} on average, the first four bits "
         f"{sum(exits[:4]) / 4:.1f} and the last four {sum(exits[-4:]) / 4:.1f}, at accuracy {accuracy:.3f}.",
         rows=rows,
@@ -309,5 +309,5 @@ def _png(figure: Figure) -> bytes:
 
 def as_data(recipe: TourRecipe, parts: list[Part]) -> dict[str, Any]:
     """The whole tour as plain data, for `results.json`."""
-    training = {"model": recipe.model.to_dict(), "fit": asdict(recipe.training), "halting": asdict(recipe.halting)}
+    training = {"model": recipe.model.to_dict(), "fit": asdict(recipe.training)}
     return {"seed": recipe.seed, "recipe": training, **{part.key: part.data for part in parts}}

@@ -11,13 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from open_mythos.config import MythosConfig
 from open_mythos.data.parity import Parity
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.training.fit import Batch, FitConfig, Step, fit
-from open_mythos.training.halting import HaltingFitConfig, fit_halting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +45,6 @@ class TourRecipe:
         )
     )
     training: FitConfig = field(default_factory=lambda: FitConfig(steps=800, learning_rate=5e-4, weight_decay=0.1))
-    halting: HaltingFitConfig = field(
-        default_factory=lambda: HaltingFitConfig(steps=100, learning_rate=0.1, extra_loops=8)
-    )
 
     @property
     def trained_loops(self) -> int:
@@ -84,19 +79,11 @@ def train(recipe: TourRecipe, on_step: Callable[[int, float], None] | None = Non
         ids, targets = recipe.task.batch(recipe.batch_size, length, random)
         return Batch(ids, targets, recipe.task.loops(length))
 
-    def draw_longest(_: int) -> tuple[Tensor, int]:
-        return recipe.task.batch(recipe.batch_size, recipe.max_bits, random)[0], recipe.trained_loops
-
     def record(step: Step) -> None:
         steps.append(step)
         if on_step is not None:
             on_step(len(steps), step.loss)
 
-    def record_halting(step: int, loss: float) -> None:
-        if on_step is not None:
-            on_step(len(steps) + step + 1, loss)
-
     start = time.perf_counter()
     fit(model, draw, recipe.training, record)
-    fit_halting(model, draw_longest, recipe.halting, record_halting)
     return Trained(model, tuple(steps), time.perf_counter() - start)
