@@ -47,7 +47,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("window", {"window": 2.5}, "integer"),
     ("attn_type", {"attn_type": "mha"}, "'gqa', 'mla'"),
     ("router_score", {"router_score": "relu"}, "'softmax', 'sigmoid'"),
-    ("state_init", {"state_init": "ones"}, "'noise', 'input', 'zeros'"),
+    ("state_init", {"state_init": "ones"}, "'input', 'zeros', 'noise'"),
     ("halting", {"halting": True}, "'act', 'none'"),
     ("act_threshold", {"act_threshold": 0}, "(0, 1]"),
     ("act_threshold", {"act_threshold": 1.5}, "(0, 1]"),

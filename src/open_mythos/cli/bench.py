@@ -59,15 +59,14 @@ def run(arguments: Arguments) -> None:
 
 def _table(measured: list[Measured]) -> Table:
     title = f"Median milliseconds (per token for decode), beside {PEER}; M: million parameters"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1), collapse_padding=True, pad_edge=False)
     table.add_column("case", no_wrap=True)
-    for name in ("loops", "M", "peer M", "ms", "peer ms", "faster", "floor ms", "x floor"):
+    for name in ("M", "peer M", "ms", "peer ms", "faster", "floor ms", "x floor"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in measured:
         row = one.to_dict()
         table.add_row(
-            f"{one.case.task} {one.case.size}",
-            str(one.case.n_loops),
+            f"{one.case.task} {one.case.size} T={one.case.n_loops}",
             _number(one.parameters / 1e6),
             _number(None if one.peer_parameters is None else one.peer_parameters / 1e6),
             _number(one.ours * 1e3),
