@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.model.attend import attend
-from open_mythos.model.cache import CacheAddress
+from open_mythos.model.cache import STANDALONE, CacheAddress
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.norm import rms_norm
 from open_mythos.model.rope import apply_rotary
-
-_STANDALONE = CacheAddress("prelude", 0)
 
 
 class GQAttention(nn.Module):
@@ -35,7 +33,7 @@ class GQAttention(nn.Module):
         self,
         x: Tensor,
         context: ForwardContext | None = None,
-        address: CacheAddress = _STANDALONE,
+        address: CacheAddress = STANDALONE,
         active: Tensor | None = None,
     ) -> Tensor:
         """Attend from x (batch, seq, dim) to itself and to what the context's store holds; returns x's shape.

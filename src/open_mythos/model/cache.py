@@ -33,6 +33,10 @@ class CacheAddress(NamedTuple):
         return f"recurrent.{self.layer}.loop.{self.loop}" if self.stage == "recurrent" else f"{self.stage}.{self.layer}"
 
 
+STANDALONE = CacheAddress("prelude", 0)
+"""The address of an attention layer that is called by itself, outside of a model."""
+
+
 class KVStore(Protocol):
     """What attention asks of a cache."""
 

@@ -50,9 +50,9 @@ class RecurrentBlock(nn.Module):
     def initial_state(self, e: Tensor) -> Tensor:
         """The state before the first loop, of e's shape.
 
-        Noise teaches the loop to reach its answer from anywhere, so that states which training never ran deep enough to
-        see do not lead it astray (path independence, Anil et al. 2022, arXiv 2211.09961). Its size is drawn per
-        sequence from 0 to 1, so that the zeros of inference are among what was trained.
+        Noise is meant to teach the loop to reach its answer from anywhere (path independence, Anil et al. 2022, arXiv
+        2211.09961). Its size is drawn per sequence from 0 to 1, so that the zeros of inference are among what was
+        trained. On parity it did not help on every seed (docs/experiments.md).
         """
         if self.config.state_init == "input":
             return e
