@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from open_mythos import OpenMythos
+from open_mythos.model.budget import LoopBudget
 from open_mythos.model.halting import ACTAccumulator, ACTHalting
 from reference.halting import loop_weights
 from tiny import random_ids, tiny_config, tiny_model
@@ -18,7 +19,7 @@ def _recovered_weights(probabilities: Tensor, n_loops: Tensor, threshold: float)
     """The accumulator's weights (batch, seq, loops): with loop t's state the unit vector t, they are its output."""
     loops, batch, seq = probabilities.shape
     states = torch.eye(loops, dtype=probabilities.dtype)
-    halting = ACTAccumulator(threshold, n_loops, probabilities.new_zeros(batch, seq, loops))
+    halting = ACTAccumulator(threshold, LoopBudget(n_loops, states.device), probabilities.new_zeros(batch, seq, loops))
     for t in range(int(n_loops.max())):
         halting.update(states[t].expand(batch, seq, loops), probabilities[t], t)
     return halting.output, halting

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.evaluation import evaluating
-from open_mythos.model.halting import ACTAccumulator
 from open_mythos.model.mythos import OpenMythos
 
 Batch = tuple[Tensor, Tensor]
@@ -78,23 +77,13 @@ def states_by_loop(
     act = model.recurrent.act
     e = model.encode(ids, context)
     h = model.recurrent.initial_state(e)
-    halting = ACTAccumulator(model.config.act_threshold, torch.full((ids.shape[0],), depths[-1]), e)
-    unspent = e.new_ones(ids.shape)
+    halting = model.recurrent.accumulator(torch.full((ids.shape[0],), depths[-1], dtype=torch.int32), e)
     for t in range(depths[-1]):
         if not halting.finished:
-            h = model.loop_step(h, e, t, context, halting.active)
-            if act is not None:
-                p = act(h)
-                halting.update(h, p, t)
-                unspent = unspent - p
+            h = model.loop_step(h, e, t, context, halting.active(t))
+            halting.update(h, None if act is None else act(h), t)
         if t + 1 in depths:
-            yield t + 1, h if act is None else _with_remainder(halting, h, unspent)
-
-
-def _with_remainder(halting: ACTAccumulator, h: Tensor, unspent: Tensor) -> Tensor:
-    """ACT's mean if this were the last loop: `unspent` (batch, seq) counts where a position is active."""
-    rest = unspent if halting.active is None else unspent * halting.active
-    return torch.addcmul(halting.output, rest.unsqueeze(-1), h)
+            yield t + 1, halting.output_if_ended(h)
 
 
 @dataclass

@@ -61,6 +61,14 @@ class PassStore:
     def __init__(self) -> None:
         self._latest: dict[tuple[str, int], Entries] = {}
 
+    def state(self) -> dict[tuple[str, int], Entries]:
+        """What `restore` needs to bring this moment back."""
+        return dict(self._latest)
+
+    def restore(self, state: dict[tuple[str, int], Entries]) -> None:
+        """Return to the moment at which `state` was taken, to run a loop again."""
+        self._latest = dict(state)
+
     def extend(self, address: CacheAddress, new: Entries, active: Tensor | None) -> Entries:
         if address.stage != "recurrent":
             return new

@@ -1,6 +1,7 @@
 """Adaptive computation time: when each position stops, and how its loops are weighed (Graves 2016, arXiv 1603.08983).
 
-Main entries: `ACTHalting` predicts, `ACTAccumulator` decides. A halted position is frozen: its state no longer changes.
+Main entries: `ACTHalting` predicts, `ACTAccumulator` decides; `LastState` stands in for it in models without halting. A
+halted position is frozen: its state no longer changes.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from open_mythos.model.budget import LoopBudget
 
 
 class ACTHalting(nn.Module):
@@ -31,32 +34,37 @@ class ACTAccumulator:
     are used up: that loop takes what remains, and the position has halted.
     """
 
-    def __init__(self, threshold: float, n_loops: Tensor, like: Tensor) -> None:
-        """`n_loops` (batch,), on the CPU, is each sequence's budget of loops; `like` is a state (batch, seq, dim)."""
-        self.threshold = threshold
-        self.fewest, self.most = int(n_loops.min()), int(n_loops.max())
-        self.budget = n_loops.to(like.device).unsqueeze(-1).expand(like.shape[:2])
-        self.active: Tensor | None = None
-        """(batch, seq), False where a position has halted; None while none has."""
-        self.exit_loops = torch.zeros_like(self.budget)
+    def __init__(self, threshold: float, budget: LoopBudget, like: Tensor) -> None:
+        """`like` is a state (batch, seq, dim)."""
+        self.threshold, self.budget = threshold, budget
+        self.exit_loops = torch.zeros(like.shape[:2], dtype=torch.int32, device=like.device)
         """(batch, seq): how many loops each position has run."""
+        self._going_on: Tensor | None = None
         self._mass = like.new_zeros(like.shape[:2])
         self._remainder = torch.zeros_like(self._mass)
         self._output: Tensor | None = None
 
-    def update(self, h: Tensor, p: Tensor, t: int) -> None:
+    def active(self, t: int) -> Tensor | None:
+        """(batch, seq), False where a position does not run loop t; None if all do."""
+        running = self.budget.running(t)
+        if running is None or self._going_on is None:
+            return self._going_on if running is None else running.expand_as(self._mass)
+        return running & self._going_on
+
+    def update(self, h: Tensor, p: Tensor | None, t: int) -> None:
         """Take loop t's state h (batch, seq, dim) and halting probability p (batch, seq)."""
-        rest, mass = 1 - self._mass, self._mass + p
-        if self._none_stops(mass, t):
+        assert p is not None
+        active, rest, mass = self.active(t), 1 - self._mass, self._mass + p
+        if active is None and self._none_stops(mass, t):
             weight = p
             self.exit_loops = self.exit_loops + 1
         else:
-            active = torch.ones_like(p, dtype=torch.bool) if self.active is None else self.active
-            stops = active & ((mass >= self.threshold) | (self.budget == t + 1))
+            active = torch.ones_like(p, dtype=torch.bool) if active is None else active
+            stops = active & ((mass >= self.threshold) | self.budget.end_at(t))
             weight = torch.where(stops, rest, p) * active
             self._remainder = self._remainder + rest * stops
             self.exit_loops = self.exit_loops + active
-            self.active = active & ~stops
+            self._going_on = ~stops if self._going_on is None else self._going_on & ~stops
             mass = self._mass + weight
         self._mass = mass
         weight = weight.unsqueeze(-1)
@@ -64,12 +72,13 @@ class ACTAccumulator:
 
     def _none_stops(self, mass: Tensor, t: int) -> bool:
         """True if it is certain, without waiting for an accelerator, that every position goes on after loop t."""
-        return t + 1 < self.fewest and mass.device.type == "cpu" and float(mass.detach().amax()) < self.threshold
+        on_cpu = mass.device.type == "cpu"
+        return self.budget.none_ends_at(t) and on_cpu and float(mass.detach().amax()) < self.threshold
 
     @property
     def finished(self) -> bool:
         """Whether every position has halted."""
-        return self.active is not None and not bool(self.active.any())
+        return self._going_on is not None and not bool(self._going_on.any())
 
     @property
     def output(self) -> Tensor:
@@ -77,7 +86,39 @@ class ACTAccumulator:
         assert self._output is not None
         return self._output
 
+    def output_if_ended(self, h: Tensor) -> Tensor:
+        """What `output` would be if the last loop, whose state is h, had been everybody's last."""
+        rest = 1 - self._mass if self._going_on is None else (1 - self._mass) * self._going_on
+        return torch.addcmul(self.output, rest.unsqueeze(-1), h)
+
     @property
     def ponder_cost(self) -> Tensor:
         """Mean over positions of the loops run plus the remainder (Graves 2016, equation 12); a scalar."""
         return (self.exit_loops + self._remainder).mean()
+
+
+class LastState:
+    """What `ACTAccumulator` is to a model with halting, for one without: the last loop's state is the output."""
+
+    ponder_cost: Tensor
+    finished = False
+
+    def __init__(self, budget: LoopBudget, like: Tensor) -> None:
+        """`like` is a state (batch, seq, dim)."""
+        self.budget, self._shape = budget, like.shape[:2]
+        self.output = like
+        self.exit_loops = budget.n_loops.expand(self._shape)
+        self.ponder_cost = like.new_zeros(())
+
+    def active(self, t: int) -> Tensor | None:
+        """(batch, seq), False where a sequence does not run loop t; None if all do."""
+        running = self.budget.running(t)
+        return None if running is None else running.expand(self._shape)
+
+    def update(self, h: Tensor, p: Tensor | None, t: int) -> None:
+        """Take loop t's state h (batch, seq, dim)."""
+        self.output = h
+
+    def output_if_ended(self, h: Tensor) -> Tensor:
+        """The last loop's state h."""
+        return h

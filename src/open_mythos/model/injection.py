@@ -47,6 +47,11 @@ class LTIInjection(nn.Module):
         """
         if context is None:
             return torch.addcmul(self.B * e, self.get_A(), h)
+        injected = self.prepare(e, context)
+        return torch.addcmul(injected.be, injected.a, h)
+
+    def prepare(self, e: Tensor, context: ForwardContext) -> Injected:
+        """A and `B*e`, computed now unless the context has them."""
         if context.injected is None or context.injected.e is not e:
             context.injected = Injected(e, self.get_A(), self.B * e)
-        return torch.addcmul(context.injected.be, context.injected.a, h)
+        return context.injected

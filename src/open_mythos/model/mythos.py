@@ -86,10 +86,17 @@ class OpenMythos(nn.Module):
 
         `last` computes them for that many final positions only.
         """
+        return F.linear(self.features(h, context, last=last), self.head_weight)
+
+    def features(self, h: Tensor, context: ForwardContext | None = None, *, last: int | None = None) -> Tensor:
+        """What `decode` multiplies with the head: coda and norm of a state h, (batch, seq, dim)."""
         x = self._run(self.coda, "coda", h, context or self.context(h.shape[1]))
-        if last is not None:
-            x = x[:, -last:]
-        return F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
+        return self.norm(x if last is None else x[:, -last:])
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(vocab_size, dim); the embedding's where the two are tied."""
+        return self.embed.weight if self.head is None else self.head.weight
 
     def context(self, n_new: int, store: DictStore | None = None) -> ForwardContext:
         """What the layers of one pass over `n_new` positions share."""

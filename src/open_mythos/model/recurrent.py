@@ -9,13 +9,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from open_mythos.config import MythosConfig
 from open_mythos.model.block import Block
-from open_mythos.model.cache import CacheAddress
+from open_mythos.model.budget import LoopBudget
+from open_mythos.model.cache import CacheAddress, PassStore
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.depth_adapter import DepthAdapter, LoopEmbedding
-from open_mythos.model.halting import ACTAccumulator, ACTHalting
+from open_mythos.model.halting import ACTAccumulator, ACTHalting, LastState
 from open_mythos.model.injection import LTIInjection
 
 
@@ -60,42 +62,101 @@ class RecurrentBlock(nn.Module):
             return torch.randn_like(e) * torch.rand(e.shape[0], 1, 1, device=e.device, dtype=e.dtype)
         return torch.zeros_like(e)
 
-    def step(self, h: Tensor, e: Tensor, t: int, context: ForwardContext, active: Tensor | None = None) -> Tensor:
+    def accumulator(self, n_loops: Tensor, e: Tensor, *, end_together: bool = False) -> ACTAccumulator | LastState:
+        """What decides when positions stop and weighs their states, for `n_loops` (batch,), a tensor on the CPU."""
+        budget = LoopBudget(n_loops, e.device, end_together=end_together)
+        return LastState(budget, e) if self.act is None else ACTAccumulator(self.config.act_threshold, budget, e)
+
+    def step(
+        self,
+        h: Tensor,
+        e: Tensor,
+        t: int,
+        context: ForwardContext,
+        active: Tensor | None = None,
+        *,
+        own_index: int | Tensor | None = None,
+    ) -> Tensor:
         """Loop t: the next state from the state h and the encoded input e, all (batch, seq, dim).
 
-        Where `active` (batch, seq) is False the position has halted, and its state stays as it is.
+        Where `active` (batch, seq) is False the position has halted, and its state stays as it is. `own_index` is t
+        as each sequence counts its loops, a tensor (batch, 1, 1) where they did not begin together.
         """
+        index = t if own_index is None else own_index
         u = self.injection(h, e, context)
         if self.loop_embedding is not None:
-            u = u + self.loop_embedding(t)
+            u = u + self.loop_embedding(index)
         x = u
         for layer, block in enumerate(self.blocks):
             x = block(x, context, CacheAddress("recurrent", layer, t), active)
         if self.adapter is not None:
-            x = x + self.adapter(x - u, t)
+            x = x + self.adapter(x - u, index)
         return x if active is None else torch.where(active.unsqueeze(-1), x, h)
 
     def forward(
-        self, e: Tensor, n_loops: Tensor, context: ForwardContext, *, keep_probabilities: bool = False
+        self,
+        e: Tensor,
+        n_loops: Tensor,
+        context: ForwardContext,
+        *,
+        grad_loops: int | None = None,
+        recompute: bool = False,
+        keep_probabilities: bool = False,
     ) -> LoopResult:
-        """Run at most `n_loops` (batch,) loops, a tensor on the CPU, from the encoded input e (batch, seq, dim).
+        """Run `n_loops` (batch,) loops, a tensor on the CPU, from the encoded input e (batch, seq, dim).
 
-        Out of training, the loops end as soon as no position is active.
+        Gradients flow through each sequence's last `grad_loops` loops, by default through all; sequences with fewer
+        loops then begin later, so that all end together and what training keeps is `grad_loops` loops' worth. With
+        `recompute`, training keeps one state per loop and computes a loop again on the way back (activation
+        checkpointing, Chen et al. 2016, arXiv 1604.06174). Out of training, the loops end as soon as no position is
+        active.
         """
-        h = self.initial_state(e)
-        halting = ACTAccumulator(self.config.act_threshold, n_loops, e)
-        if self.act is None:
-            for t in range(halting.most):
-                h = self.step(h, e, t, context, None if t < halting.fewest else halting.budget > t)
-            return LoopResult(h, halting.budget, e.new_zeros(()), None)
+        halting = self.accumulator(n_loops, e, end_together=grad_loops is not None)
+        budget = halting.budget
+        n_constant = 0 if grad_loops is None else max(0, budget.most - grad_loops)
+        learning = torch.is_grad_enabled()
+        step = self._recomputed_step if recompute and learning else self.step
+        h = first = self.initial_state(e)
         probabilities: list[Tensor] = []
-        for t in range(halting.most):
-            h = self.step(h, e, t, context, halting.active)
-            p = self.act(h)
-            halting.update(h, p, t)
-            if keep_probabilities:
+        for t in range(budget.most):
+            if t == n_constant > 0:
+                h = _begin(h, first, budget, t)
+                context.injected = None  # what it holds was computed without a gradient
+            with torch.set_grad_enabled(learning and t >= n_constant):
+                h = step(h, e, t, context, halting.active(t), own_index=budget.own_index(t))
+                p = None if self.act is None else self.act(h)
+                halting.update(h, p, t)
+            if keep_probabilities and p is not None:
                 probabilities.append(p)
             if not self.training and halting.finished:
                 break
-        stacked = torch.stack(probabilities) if keep_probabilities else None
-        return LoopResult(halting.output, halting.exit_loops, halting.ponder_cost, stacked)
+        kept = torch.stack(probabilities) if probabilities else None
+        return LoopResult(halting.output, halting.exit_loops, halting.ponder_cost, kept)
+
+    def _recomputed_step(
+        self,
+        h: Tensor,
+        e: Tensor,
+        t: int,
+        context: ForwardContext,
+        active: Tensor | None = None,
+        *,
+        own_index: int | Tensor | None = None,
+    ) -> Tensor:
+        """As `step`, keeping for the way back only what goes in."""
+        self.injection.prepare(e, context)  # here: what it keeps for all loops must not belong to the graph of one
+        store = context.store
+        assert isinstance(store, PassStore), "nobody learns through a cache"
+        before = store.state()
+
+        def again(h: Tensor, e: Tensor) -> Tensor:
+            store.restore(before)
+            return self.step(h, e, t, context, active, own_index=own_index)
+
+        return checkpoint(again, h, e, use_reentrant=False)
+
+
+def _begin(h: Tensor, first: Tensor, budget: LoopBudget, t: int) -> Tensor:
+    """The state h with gradients through the first state of the sequences whose loops begin at loop t or later."""
+    waiting = budget.begin_after(t - 1)
+    return h if waiting is None else torch.where(waiting.unsqueeze(-1), first, h)
