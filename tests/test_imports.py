@@ -18,9 +18,10 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Parts of one row do not import each other; a part may import what lies in rows before its own.
 ROWS = [
     ("config", "presets"),
+    ("data",),
     ("model",),
-    ("inference", "training", "analysis", "data"),
-    ("hf", "serving", "bench", "tour"),
+    ("inference", "training", "analysis"),
+    ("hf", "serving", "bench", "tour", "recipes"),
     ("cli",),
 ]
 ROW_OF = {part: row for row, parts in enumerate(ROWS) for part in parts}

@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_mythos.data.batch import IGNORED
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.evaluation import evaluating
 from open_mythos.model.mythos import OpenMythos
 
 Batch = tuple[Tensor, Tensor]
 """Ids and targets, both (batch, seq)."""
-IGNORED = -100
-"""The target of positions that do not count, as in `torch.nn.functional.cross_entropy`."""
 
 
 class SweepRow(TypedDict):

@@ -53,3 +53,15 @@ class ForwardContext:
             n_keys = self.store.length + self.n_new
             self._masks[window] = AttentionMask(self.n_new, n_keys, window, self.device, self.dtype)
         return self._masks[window]
+
+    def stacked_load(self) -> Tensor | None:
+        """`expert_load` as one tensor, (loops, layers, experts); None where nobody asked or there are no experts."""
+        if not self.expert_load:
+            return None
+        n_layers = 1 + max(address.layer for address in self.expert_load)
+        n_loops = len(self.expert_load) // n_layers
+        rows = [
+            torch.stack([self.expert_load[CacheAddress("recurrent", layer, t)] for layer in range(n_layers)])
+            for t in range(n_loops)
+        ]
+        return torch.stack(rows)

@@ -138,22 +138,21 @@ class OpenMythos(nn.Module):
         logits = self.decode(result.state, context, last=last)
         if store is not None:
             store.commit(result.exit_loops)
-        if self.training and context.expert_load:
-            self.balance(context.expert_load)
+        load = context.stacked_load()
+        if self.training and load is not None:
+            self.balance(load.sum(0))
         if not full_output:
             return logits
-        load = _stack_load(context.expert_load, self.config.recurrent_layers) if context.expert_load else None
         return MythosOutput(
             logits, result.ponder_cost, result.exit_loops, result.halting_probabilities, load, result.state
         )
 
-    def balance(self, expert_load: dict[CacheAddress, Tensor]) -> None:
-        """One step of every router bias against the load it saw, summed over loops."""
-        for layer, block in enumerate(self.recurrent.blocks):
+    def balance(self, load: Tensor) -> None:
+        """One step of every router bias against the slots that experts received, (layers, experts)."""
+        for block, received in zip(self.recurrent.blocks, load, strict=True):
             assert isinstance(block, Block)
-            if isinstance(block.ffn, MoEFFN):
-                loads = [load for address, load in expert_load.items() if address.layer == layer]
-                block.ffn.balance(torch.stack(loads).sum(0))
+            assert isinstance(block.ffn, MoEFFN)
+            block.ffn.balance(received)
 
     @torch.no_grad()
     def generate(
@@ -196,12 +195,6 @@ class OpenMythos(nn.Module):
             model = cls(config)
         folder.load_weights(model, directory)
         return model.eval()
-
-
-def _stack_load(expert_load: dict[CacheAddress, Tensor], n_layers: int) -> Tensor:
-    n_loops = len(expert_load) // n_layers
-    rows = [[expert_load[CacheAddress("recurrent", layer, t)] for layer in range(n_layers)] for t in range(n_loops)]
-    return torch.stack([torch.stack(row) for row in rows])
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

@@ -1,0 +1,37 @@
+"""What the device can do at most, for the utilisation that training reports.
+
+Main entries: `peak_flops`, `has_fast_bfloat16`.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+# Dense bfloat16 FLOP/s of NVIDIA's data sheets.
+_KNOWN = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "T4": 65e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Matrix-product FLOP/s: of the data sheet for a known accelerator, measured in float32 on a CPU, else None."""
+    if device.type == "cpu":
+        return measured_flops()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for known, flops in _KNOWN.items() if known in name), None)
+
+
+def measured_flops(size: int = 768, rounds: int = 6) -> float:
+    """The best of some float32 products on the CPU."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    best = float("inf")
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32: on accelerators, and on CPUs with matrix tiles for it."""
+    return device.type != "cpu" or bool(torch.cpu._is_amx_tile_supported())

@@ -1,0 +1,70 @@
+"""From a model on one device to a module that trains on all ranks.
+
+Main entry: `parallelize`. Order: compile the looped layers, then shard or replicate the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Literal
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from open_mythos.training.objective import Objective
+from open_mythos.training.ranks import Ranks
+
+Parallel = Literal["auto", "ddp", "fsdp"]
+
+
+def parallelize(objective: Objective, ranks: Ranks, parallel: Parallel, *, compiled: bool = False) -> nn.Module:
+    """The module to call instead of `objective`; itself on a single rank.
+
+    Sharded (FSDP2, Zhao et al. 2023, arXiv 2304.11277), the recurrent block is one unit that stays whole from its first
+    loop to the end of its backward: one gathering of its weights per pass, however many loops.
+    """
+    model = objective.model
+    if compiled:
+        for block in model.recurrent.blocks:
+            block.compile()
+    if ranks.world == 1:
+        return objective
+    if parallel == "ddp":
+        # A pass of one loop leaves the halting head without a gradient, hence the search for unused parameters.
+        return DistributedDataParallel(objective, broadcast_buffers=False, find_unused_parameters=True)
+    for block in (*model.prelude, *model.coda):
+        fully_shard(block)
+    fully_shard(model.recurrent, reshard_after_forward=False)
+    fully_shard(objective, reshard_after_forward=False)
+    return objective
+
+
+def without_sync(module: nn.Module) -> AbstractContextManager[None]:
+    """While it lasts, backward passes add to this rank's gradients and send nothing."""
+    if isinstance(module, DistributedDataParallel):
+        return module.no_sync()  # type: ignore[no-any-return]
+    if isinstance(module, FSDPModule):
+        return _unsynced(module)
+    return nullcontext()
+
+
+@contextmanager
+def _unsynced(module: FSDPModule) -> Iterator[None]:
+    module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """While it lasts, every sharded parameter is there whole, for what does not go through `forward`."""
+    units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
+    with ExitStack() as stack:
+        for unit in units:
+            unit.unshard()
+            stack.callback(unit.reshard)
+        yield
