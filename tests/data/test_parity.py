@@ -18,7 +18,7 @@ def naive_parities(bits: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("length", [1, 2, 7, 96])
 def test_the_answers_are_those_of_a_naive_count(length: int) -> None:
-    ids, targets = Parity().batch(32, length, torch.Generator().manual_seed(0))
+    ids, targets, _ = Parity().batch(32, length, torch.Generator().manual_seed(0))
     assert ids.shape == targets.shape == (32, length)
     for string, answers in zip(ids.tolist(), targets.tolist(), strict=True):
         assert [answer - 1 for answer in answers] == naive_parities([token - 1 for token in string])
@@ -31,7 +31,7 @@ def test_a_string_by_hand() -> None:
 def test_ids_and_answers_are_tokens_of_the_vocabulary_and_both_are_frequent() -> None:
     """Of 6400 fair bits, fewer than 2900 ones or zeros would be seven standard deviations away."""
     task = Parity()
-    ids, targets = task.batch(64, 100, torch.Generator().manual_seed(1))
+    ids, targets, _ = task.batch(64, 100, torch.Generator().manual_seed(1))
     for tokens in (ids, targets):
         counts = tokens.flatten().bincount(minlength=task.vocab_size)
         assert counts[0] == 0

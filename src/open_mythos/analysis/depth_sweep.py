@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_mythos.data.batch import IGNORED
+from open_mythos.data.batch import IGNORED, Batch
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.evaluation import evaluating
 from open_mythos.model.mythos import OpenMythos
 
-Batch = tuple[Tensor, Tensor]
-"""Ids and targets, both (batch, seq)."""
+Pair = Batch | tuple[Tensor, Tensor]
+"""Ids and targets, both (batch, seq); targets of `IGNORED` do not count."""
 
 
 class SweepRow(TypedDict):
@@ -39,7 +39,7 @@ class SweepRow(TypedDict):
 @torch.no_grad()
 def depth_sweep(
     model: OpenMythos,
-    batches: Batch | Iterable[Batch],
+    batches: Pair | Iterable[Pair],
     loops: Sequence[int],
     *,
     exact_match: bool = True,
@@ -118,13 +118,10 @@ class _Tally:
         )
 
 
-def _pairs(batches: Batch | Iterable[Batch]) -> Iterator[Batch]:
-    """The batches one by one; a single pair of tensors is one batch."""
+def _pairs(batches: Pair | Iterable[Pair]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and targets of the batches one by one; a single pair of tensors is one batch."""
     if isinstance(batches, tuple) and isinstance(batches[0], Tensor):
-        ids, targets = batches
-        assert isinstance(targets, Tensor)
-        yield ids, targets
-    else:
-        for batch in batches:
-            assert not isinstance(batch, Tensor)
-            yield batch
+        batches = [(batches[0], batches[1])]
+    for batch in batches:
+        assert not isinstance(batch, Tensor | None)
+        yield batch[0], batch[1]

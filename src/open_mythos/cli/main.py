@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from typing import Any
 
 from open_mythos import __version__
 
@@ -32,6 +33,26 @@ VERBS = {
         module="open_mythos.cli.demo",
         summary="the guided tour: train a small model, turn its loop knob, see every promise measured",
         example="mythos demo --out mythos_tour",
+    ),
+    "train": Verb(
+        module="open_mythos.cli.train",
+        summary="train a task with known answers, or text, into a model folder; resumes by itself",
+        example="mythos train text --data book.txt --out runs/book",
+    ),
+    "sweep": Verb(
+        module="open_mythos.cli.sweep",
+        summary="quality of a trained model at several depths, on held-out data",
+        example="mythos sweep runs/book --loops 1,2,4,8,16",
+    ),
+    "generate": Verb(
+        module="open_mythos.cli.generate",
+        summary="text from a trained model",
+        example='mythos generate runs/book --prompt "Once" --loops 8',
+    ),
+    "export": Verb(
+        module="open_mythos.cli.export",
+        summary="a model folder from the newest checkpoint of a run, finished or not",
+        example="mythos export runs/book --out my-model",
     ),
     "inspect": Verb(
         module="open_mythos.cli.inspect",
@@ -71,10 +92,20 @@ def _run(name: str, words: list[str]) -> None:
         close = get_close_matches(name, VERBS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"verb is {name!r}; it must be one of {', '.join(VERBS)}{hint}")
+    import_module(VERBS[name].module).run(parse(name, words))
+
+
+def parse(name: str, words: list[str]) -> Any:
+    """What the words after the verb mean; prints help and leaves if that is what they ask for.
+
+    A verb whose options depend on its words has a function `parse` of its own.
+    """
+    module = import_module(VERBS[name].module)
+    if hasattr(module, "parse"):
+        return module.parse(words)
     import tyro
 
-    module = import_module(VERBS[name].module)
-    module.run(tyro.cli(module.Arguments, prog=f"mythos {name}", args=words, description=module.__doc__))
+    return tyro.cli(module.Arguments, prog=f"mythos {name}", args=words, description=module.__doc__)
 
 
 def _help() -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+
+from open_mythos.data.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,10 @@ class Parity:
     bits_per_loop: int = 4
     """How many bits one loop is expected to handle; sets the loops that a length is trained with."""
 
-    def batch(self, size: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def batch(self, size: int, length: int, generator: torch.Generator) -> Batch:
         """Random strings and their answers, both (size, length)."""
         bits = torch.randint(0, 2, (size, length), generator=generator)
-        return bits + 1, bits.cumsum(1) % 2 + 1
+        return Batch(bits + 1, bits.cumsum(1) % 2 + 1, torch.full((size,), self.loops(length)))
 
     def loops(self, length: int) -> int:
         """How many loops a string of this length should get."""

@@ -6,6 +6,7 @@ Main entry: `OpenMythos`. `encode`, `loop_step` and `decode` are the only forwar
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,7 +155,6 @@ class OpenMythos(nn.Module):
             assert isinstance(block.ffn, MoEFFN)
             block.ffn.balance(received)
 
-    @torch.no_grad()
     def generate(
         self,
         ids: Tensor,
@@ -170,15 +170,28 @@ class OpenMythos(nn.Module):
         Temperature 0 takes the most likely token; `top_k` limits the choice to that many. Returns
         (batch, seq + max_new_tokens).
         """
+        new = self.stream(ids, max_new_tokens, n_loops, temperature, top_k, generator=generator)
+        return torch.cat([ids, *new], 1)
+
+    def stream(
+        self,
+        ids: Tensor,
+        max_new_tokens: int = 64,
+        n_loops: int | Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """As `generate`, giving each step's tokens, (batch, 1), as soon as they are there."""
         check_sampling(ids, max_new_tokens, temperature, top_k, self.config)
-        with evaluating(self):
-            cache: PlainCache = {}
-            sequence, new = ids, ids
-            for _ in range(max_new_tokens):
+        cache: PlainCache = {}
+        new = ids
+        for _ in range(max_new_tokens):
+            with torch.no_grad(), evaluating(self):
                 logits = self(new, n_loops, cache, last=1)[:, -1]
-                new = _sample(logits, temperature, top_k, generator)
-                sequence = torch.cat([sequence, new], 1)
-            return sequence
+            new = _sample(logits, temperature, top_k, generator)
+            yield new
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` and `model.safetensors` to a model folder, each file whole or not at all."""

@@ -143,7 +143,7 @@ def stable_injection(model: OpenMythos) -> Part:
 
 def task(recipe: TourRecipe) -> Part:
     """Part 4: what is learned."""
-    ids, targets = recipe.task.batch(1, recipe.max_bits, torch.Generator().manual_seed(recipe.seed))
+    ids, targets, _ = recipe.task.batch(1, recipe.max_bits, torch.Generator().manual_seed(recipe.seed))
     bits, parities = (" ".join(str(int(x) - 1) for x in row[0]) for row in (ids, targets))
     section = Section(
         title="The task",
@@ -158,7 +158,7 @@ def task(recipe: TourRecipe) -> Part:
 
 def training(recipe: TourRecipe, trained: Trained) -> Part:
     """Part 5: the training run, and the state it leaves."""
-    ids, _ = recipe.task.batch(8, 24, torch.Generator().manual_seed(recipe.seed + 1))
+    ids, _, _ = recipe.task.batch(8, 24, torch.Generator().manual_seed(recipe.seed + 1))
     report = stability(trained.model, ids, 32)
     radius = jacobian_spectral_radius(trained.model, ids[:1], 32)
     last = trained.steps[-20:]
@@ -222,7 +222,7 @@ def extrapolation(recipe: TourRecipe, model: OpenMythos) -> Part:
 
 def halting(recipe: TourRecipe, model: OpenMythos) -> Part:
     """Part 7: where each position stops."""
-    ids, targets = recipe.task.batch(64, 24, torch.Generator().manual_seed(recipe.seed + 3))
+    ids, targets, _ = recipe.task.batch(64, 24, torch.Generator().manual_seed(recipe.seed + 3))
     report = halting_matrix(model, ids, 32)
     with torch.no_grad():
         accuracy = float((model(ids, 32).argmax(-1) == targets).float().mean())
@@ -243,7 +243,7 @@ def halting(recipe: TourRecipe, model: OpenMythos) -> Part:
 
 def routing(recipe: TourRecipe, model: OpenMythos) -> Part:
     """Part 8: whether all experts work."""
-    ids, _ = recipe.task.batch(64, 24, torch.Generator().manual_seed(recipe.seed + 4))
+    ids, _, _ = recipe.task.batch(64, 24, torch.Generator().manual_seed(recipe.seed + 4))
     report = expert_load(model, ids, recipe.trained_loops)
     layers = report.layers
     worst = max(range(len(layers)), key=lambda layer: layers[layer].imbalance)
@@ -272,7 +272,7 @@ def routing(recipe: TourRecipe, model: OpenMythos) -> Part:
 
 def answers(recipe: TourRecipe, model: OpenMythos) -> Part:
     """Part 9: one string, answered at several depths."""
-    ids, targets = recipe.task.batch(1, 24, torch.Generator().manual_seed(recipe.seed + 5))
+    ids, targets, _ = recipe.task.batch(1, 24, torch.Generator().manual_seed(recipe.seed + 5))
     lines = [f"{'bits':<12}{_digits(ids)}", f"{'parity':<12}{_digits(targets)}", ""]
     right: dict[int, int] = {}
     with torch.no_grad():

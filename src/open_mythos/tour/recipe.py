@@ -76,7 +76,7 @@ def train(recipe: TourRecipe, on_step: Callable[[int, float], None] | None = Non
     def draw(step: int) -> Batch:
         longest = recipe.longest(step)
         length = int(torch.randint(1, longest + 1, (), generator=random))
-        ids, targets = recipe.task.batch(recipe.batch_size, length, random)
+        ids, targets, _ = recipe.task.batch(recipe.batch_size, length, random)
         return Batch(ids, targets, recipe.task.loops(length))
 
     def record(step: Step) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,15 +18,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from open_mythos.training.ranks import Ranks
 
 _META = "meta.json"
+
+# PyTorch says so at every save and load of a single process, from a thread of its own.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
 @dataclass(frozen=True)
@@ -37,15 +46,18 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints in a folder, `step-000100` and so on; `keep` of them stay."""
+    """The checkpoints in a folder, `step-000100` and so on; `keep` of them stay.
 
-    def __init__(self, folder: Path, ranks: Ranks, keep: int = 2) -> None:
-        self.folder, self.ranks, self.keep = folder, ranks, keep
+    Whoever only reads changes nothing there, so that a run that is writing at the same time is not disturbed.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, keep: int = 2, *, read_only: bool = False) -> None:
+        self.folder, self.ranks, self.keep, self.read_only = folder, ranks, keep, read_only
         self._committing: Future[None] | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         # Saving in the background must not meet the training's own messages: it talks through a group of its own.
         self._group = dist.new_group(backend="gloo") if ranks.world > 1 else None
-        if ranks.is_main and folder.is_dir():
+        if ranks.is_main and folder.is_dir() and not read_only:
             for partial in folder.glob("*.partial"):
                 shutil.rmtree(partial)
 
@@ -99,12 +111,8 @@ class Checkpoints:
             return Progress(0, {}), []
         path = self._path(chosen)
         state = _state(model, optimizers)
-        load(
-            state,
-            storage_reader=FileSystemReader(path),
-            process_group=self._group,
-            no_dist=self.ranks.world == 1,
-        )
+        reader = FileSystemReader(path)
+        load(state, storage_reader=reader, process_group=self._group, no_dist=self.ranks.world == 1)
         set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizers"])
         meta = json.loads((path / _META).read_text(encoding="utf-8"))
         return Progress(meta["step"], meta["source"]), damaged
@@ -116,9 +124,10 @@ class Checkpoints:
             if wrong is None:
                 return step, damaged
             damaged.append(f"{self._path(step)}: {wrong}")
-            aside = self._path(step).with_name(f"damaged-{step:06d}")
-            shutil.rmtree(aside, ignore_errors=True)
-            self._path(step).rename(aside)
+            if not self.read_only:
+                aside = self._path(step).with_name(f"damaged-{step:06d}")
+                shutil.rmtree(aside, ignore_errors=True)
+                self._path(step).rename(aside)
         return None, damaged
 
     def _commit(self, writing: Future[Any], partial: Path, progress: Progress) -> None:
@@ -138,6 +147,12 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every weight and buffer of a model, sharded or not, whole and on the CPU of the main rank."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]
 
 
 def _state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:

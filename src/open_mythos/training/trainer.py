@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from open_mythos.data.batch import IGNORED, BatchSource
+from open_mythos.data.seeding import generator, number
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.training.checkpoint import Checkpoints, Progress
 from open_mythos.training.depth import Asked, DepthPlan, LoopPlan
@@ -27,7 +28,6 @@ from open_mythos.training.parallelize import Parallel, parallelize, whole, witho
 from open_mythos.training.ranks import Ranks
 from open_mythos.training.records import Observer, Rows
 from open_mythos.training.schedule import Schedule
-from open_mythos.training.seeding import generator, number
 
 
 class NonFiniteLossError(ValueError):
@@ -88,9 +88,9 @@ class Trainer:
         *,
         ranks: Ranks | None = None,
         checkpoints: Path | None = None,
-        sweep: Callable[[OpenMythos], Rows] | None = None,
+        sweep: Callable[[OpenMythos, bool], Rows] | None = None,
     ) -> None:
-        """`checkpoints` is the folder to keep them in and to resume from; `sweep` measures on held-out data."""
+        """`checkpoints` is the folder to keep them in and resume from; `sweep(model, final)` measures held-out data."""
         self.model, self.source, self.depth, self.config = model, source, depth, config
         self.ranks = ranks or Ranks()
         self.device = next(model.parameters()).device
@@ -142,7 +142,7 @@ class Trainer:
                 self._report(pending)
                 pending = None
             if sweeps:
-                self._run_sweep(done)
+                self._run_sweep(done, at_end)
             if saves:
                 self._save(done)
             if self._checkpoints is not None:
@@ -223,11 +223,11 @@ class Trainer:
             f"{self.config.optim.learning_rate} may help, or non_finite 'skip'"
         )
 
-    def _run_sweep(self, done: int) -> None:
+    def _run_sweep(self, done: int, final: bool) -> None:
         if self._sweep is None:
             return
         with whole(self._module):
-            rows = self._sweep(self.model)
+            rows = self._sweep(self.model, final)
         for observer in self._observers:
             observer.on_sweep(done, rows)
         self._meter.restart()

@@ -1,0 +1,70 @@
+"""Quality of a trained model as a function of its loops, on the held-out data of the run that trained it.
+
+One pass at the greatest depth answers for all of them. With --json the rows are written as
+{"length", "n_loops", "loss", "accuracy", "exact_match"}.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from open_mythos.cli.train_display import sweep_table
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.recipes.folder import RunFolder
+from open_mythos.recipes.material import open_material, sweep_loops, sweep_rows
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Which model, at which depths."""
+
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR", help="Folder of a run of mythos train.")]
+    loops: Annotated[str, tyro.conf.arg(help="Depths, such as 1,2,4,8; by default the run's own.")] = ""
+    lengths: Annotated[str, tyro.conf.arg(help="Lengths, such as 24,48; by default the run's own.")] = ""
+    rows: Annotated[int | None, tyro.conf.arg(help="Held-out rows or problems of each length.")] = None
+    json: Annotated[Path | None, tyro.conf.arg(help="Write the rows to this file.")] = None
+    plot: Annotated[Path | None, tyro.conf.arg(help="Draw the curve into this PNG file.")] = None
+
+
+def run(arguments: Arguments) -> None:
+    """Measure, print, and write what was asked for."""
+    console = Console()
+    folder = RunFolder(arguments.model)
+    loops, lengths = numbers("loops", arguments.loops), numbers("lengths", arguments.lengths)
+    described = folder.read()
+    model = OpenMythos.from_pretrained(arguments.model)
+    too_long = [length for length in lengths or [] if length > model.config.max_seq_len]
+    if too_long:
+        raise ValueError(f"lengths has {too_long[0]}; it must be at most max_seq_len ({model.config.max_seq_len})")
+    if arguments.rows is not None and arguments.rows < 1:
+        raise ValueError(f"rows is {arguments.rows}; it must be at least 1")
+    with console.status("measuring"):
+        material = open_material(described, folder.data)
+        n_rows = arguments.rows or sweep_rows(described, final=True)
+        rows = material.sweep(model, loops or sweep_loops(described), n_rows, lengths)
+    console.print(f"{arguments.model}: held-out data, up to {n_rows} rows of each length", highlight=False)
+    console.print(sweep_table(rows))
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    if arguments.plot is not None:
+        from open_mythos.analysis import plots
+
+        measure = "loss" if material.is_text else "accuracy"
+        plots.depth_sweep(rows, measure=measure).savefig(arguments.plot, dpi=150)
+
+
+def numbers(name: str, text: str) -> list[int] | None:
+    """Integers of at least 1, separated by commas; None for no text."""
+    if not text:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) >= 1 for word in words):
+        raise ValueError(f"{name} is {text!r}; it must be integers of at least 1, separated by commas")
+    return [int(word) for word in words]
