@@ -169,6 +169,13 @@ def test_what_cannot_be_is_refused(corpus: Path, tmp_path: Path, changes: dict[s
         open_text(**arguments)
 
 
+def test_a_cache_inside_the_data_is_refused(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its JSON files would be documents of the next run."""
+    monkeypatch.chdir(corpus)
+    with pytest.raises(ValueError, match=r"cache is 'runs/cache', inside the data \(.*corpus'\)"):
+        open_text(".", cache="runs/cache", **SIZES)
+
+
 def test_a_bad_file_is_an_error_before_anything_is_written(corpus: Path, tmp_path: Path) -> None:
     (corpus / "bad.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"bad\.txt has byte 0xff at offset 0"):

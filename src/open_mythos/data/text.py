@@ -77,15 +77,7 @@ def open_text(
     the request. `on_progress` is called with the number of documents tokenised.
     """
     check_sizes(seq_len, batch_size, seed)
-    check_holdout(holdout)
-    if held_out_rows < 1:
-        raise ValueError(f"held_out_rows is {held_out_rows}; it must be at least 1")
-    streamed = data.startswith(HUB_PREFIX)
-    request = Request(
-        data=data if streamed else resolve_spec(data),
-        tokenizer=resolve_tokenizer(tokenizer),
-        holdout=held_out_rows if streamed else holdout,
-    )
+    request = _request(data, tokenizer, holdout, held_out_rows, Path(cache))
     prepared = prepare(request, Path(cache), on_progress)
     held_out = TextRows(prepared.held_out, seq_len=seq_len, batch_size=batch_size, seed=seed, split="held-out")
     train: BatchSource
@@ -102,6 +94,21 @@ def open_text(
             bytes_per_token=held_out.bytes_per_token,
         )
     return TextData(train, held_out, prepared.tokenizer, _summary(request, prepared))
+
+
+def _request(data: str, tokenizer: str, holdout: float, held_out_rows: int, cache: Path) -> Request:
+    check_holdout(holdout)
+    if held_out_rows < 1:
+        raise ValueError(f"held_out_rows is {held_out_rows}; it must be at least 1")
+    if data.startswith(HUB_PREFIX):
+        return Request(data=data, tokenizer=resolve_tokenizer(tokenizer), holdout=held_out_rows)
+    request = Request(data=resolve_spec(data), tokenizer=resolve_tokenizer(tokenizer), holdout=holdout)
+    if cache.resolve().is_relative_to(request.data):
+        raise ValueError(
+            f"cache is {str(cache)!r}, inside the data ({request.data!r}), and would become part of it; "
+            "it must be another folder"
+        )
+    return request
 
 
 def _summary(request: Request, prepared: Prepared) -> TextSummary:

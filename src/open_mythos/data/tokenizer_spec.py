@@ -94,8 +94,7 @@ def char_tokenizer(documents: Iterable[str]) -> TextTokenizer:
 def bpe_tokenizer(documents: Iterable[str], size: int) -> TextTokenizer:
     """Byte-level byte-pair encoding, with words split as GPT-2 does; the end of text is its last entry."""
     tokenizer = _byte_level(models.BPE(), words=True)
-    # Sorted, or else the ids of the bytes would differ from one process to the next.
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(documents, trainer)
     return TextTokenizer(tokenizer)
