@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -94,10 +95,11 @@ class Checkpoints:
             committing, self._committing = self._committing, None
             try:
                 committing.result()
-            except Exception as error:
+            except (Exception, CheckpointException) as error:  # PyTorch's own is no Exception
                 last = max(self.steps(), default=None)
                 kept = "there is no earlier one" if last is None else f"the last good one is of step {last}"
-                raise OSError(f"a checkpoint could not be written to {self.folder} ({error}); {kept}") from error
+                what = f"a checkpoint could not be written to {self.folder} ({_cause(error)})"
+                raise OSError(f"{what}; {kept}") from error
 
     def load_latest(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> tuple[Progress, list[str]]:
         """Restore the newest checkpoint that is whole, on any number of ranks; also say which ones were not.
@@ -158,6 +160,13 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 def _state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
     weights, moments = get_state_dict(model, optimizers)
     return {"model": weights, "optimizers": moments}
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What happened on the first rank that failed."""
+    if isinstance(error, CheckpointException):
+        return next(iter(error.failures.values()))[0]
+    return error
 
 
 def _fingerprint(path: Path) -> list[int]:

@@ -102,9 +102,11 @@ def scalars(sums: Contribution) -> Tensor:
     return torch.stack([sums.loss, sums.z, sums.ponder, sums.right, sums.exit_loops, sums.state_norm])
 
 
-def add(total: Contribution | None, new: Contribution, n_loops: int) -> Contribution:
-    """The sum of micro-batches, their loads padded to `n_loops`; A is taken from the newest."""
-    load = nn.functional.pad(new.load, (0, 0, 0, 0, 0, n_loops - new.load.shape[0]))
+def add(total: Contribution | None, new: Contribution, plan: LoopPlan) -> Contribution:
+    """The sum of micro-batches, their loads aligned as the whole batch's loops are; A is taken from the newest."""
+    absent = int(plan.n_loops.max()) - new.load.shape[0]
+    before, after = (0, absent) if plan.grad_loops is None else (absent, 0)
+    load = nn.functional.pad(new.load, (0, 0, 0, 0, before, after))
     new = Contribution(*(tensor.detach() for tensor in new))._replace(load=load)
     if total is None:
         return new

@@ -44,7 +44,8 @@ class StepRecord:
     skipped: bool
     """The loss or the gradients were not finite, and nothing was changed."""
     load: list[list[list[float]]] | None
-    """(loops, layers, experts): each routed expert's share of the slots; None without experts."""
+    """(loops, layers, experts): each routed expert's share of the slots; None without experts. With gradients through
+    the last loops only, sequences end together, and so the last row is everybody's last loop."""
 
 
 Rows = Sequence[Mapping[str, Any]]

@@ -193,7 +193,7 @@ class Trainer:
                 loss = (sums.loss + self.config.z_weight * sums.z) / counted
                 loss = loss + self.config.ponder_weight * sums.ponder / ids.numel()
                 (loss * self.ranks.world).backward()
-            total = add(total, sums, int(plan.n_loops.max()))
+            total = add(total, sums, plan)
         assert total is not None
         return total
 
