@@ -21,7 +21,8 @@ ROWS = [
     ("data",),
     ("model",),
     ("inference", "training", "analysis"),
-    ("hf", "serving", "bench", "tour", "recipes"),
+    ("hf", "serving", "bench", "recipes"),
+    ("tour",),
     ("cli",),
 ]
 ROW_OF = {part: row for row, parts in enumerate(ROWS) for part in parts}

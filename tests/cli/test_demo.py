@@ -33,7 +33,7 @@ def test_two_steps_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert results["seed"] == 3
-    assert results["recipe"]["fit"]["steps"] == results["training"]["steps"] == 2
+    assert results["recipe"]["training"]["steps"] == results["training"]["steps"] == 2
     deepest = results["depth_sweep"]["rows"][-1]
     assert (deepest["length"], deepest["n_loops"]) == (96, 128)
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from open_mythos.config import MythosConfig
+from open_mythos.recipes.run_config import TaskRun
 from open_mythos.tour.parts import Part, as_data, run_parts
-from open_mythos.tour.recipe import TourRecipe, Trained, train
-from open_mythos.training.fit import FitConfig
+from open_mythos.tour.recipe import TourRecipe, Trained, tour_recipe, train
+from open_mythos.training.optim import OptimConfig
+from open_mythos.training.trainer import TrainerConfig
 
 KEYS = [
     "model_sizes",
@@ -25,23 +27,24 @@ KEYS = [
     "answers",
 ]
 RECIPE = TourRecipe(
-    batch_size=4,
+    run=TaskRun(
+        batch_size=4,
+        model=MythosConfig(
+            dim=16,
+            n_heads=2,
+            n_kv_heads=1,
+            recurrent_layers=2,
+            max_seq_len=24,
+            max_loop_iters=8,
+            window=5,
+            n_experts=4,
+            expert_dim=8,
+        ),
+        training=TrainerConfig(steps=3, optim=OptimConfig(learning_rate=0.01)),
+    ),
     sweep_loops=(1, 4, 8),
     sweep_lengths=(6, 24),
     sweep_strings=3,
-    model=MythosConfig(
-        vocab_size=3,
-        dim=16,
-        n_heads=2,
-        n_kv_heads=1,
-        recurrent_layers=2,
-        max_seq_len=24,
-        max_loop_iters=8,
-        window=5,
-        n_experts=4,
-        expert_dim=8,
-    ),
-    training=FitConfig(steps=3, learning_rate=0.01, weight_decay=0.1),
 )
 
 
@@ -81,7 +84,7 @@ def test_pictures_are_png_and_their_names_differ(toured: tuple[Trained, list[Par
 def test_the_data_is_json_and_complete(toured: tuple[Trained, list[Part]]) -> None:
     data = as_data(RECIPE, toured[1])
     assert list(json.loads(json.dumps(data, allow_nan=False))) == ["seed", "recipe", *KEYS]
-    assert data["recipe"]["fit"]["steps"] == 3
+    assert data["recipe"]["training"]["steps"] == 3
     assert data["kv_cache"]["ratio"] == pytest.approx(2.67, abs=0.01)
     assert data["stability_by_construction"]["smallest_abused"] > 0
     assert data["stability_by_construction"]["rho_abused"] < 1
@@ -94,10 +97,11 @@ def test_the_data_is_json_and_complete(toured: tuple[Trained, list[Part]]) -> No
 
 def test_training_keeps_its_promise_on_lengths_and_loops(toured: tuple[Trained, list[Part]]) -> None:
     """At most 16 bits and at most 4 loops: everything beyond is extrapolation."""
-    recipe = TourRecipe()
-    assert recipe.max_bits <= 16
+    recipe = tour_recipe(seed=3)
+    assert recipe.seed == 3
+    assert recipe.run.longest <= 16
     assert recipe.trained_loops <= 4
-    assert all(step.n_loops <= RECIPE.trained_loops for step in toured[0].steps)
+    assert all(step.mean_loops <= RECIPE.trained_loops for step in toured[0].steps)
 
 
 def test_the_observer_sees_every_step_and_the_seed_decides() -> None:
@@ -105,5 +109,5 @@ def test_the_observer_sees_every_step_and_the_seed_decides() -> None:
     one = train(RECIPE, lambda done, _: seen.append(done))
     assert seen == [1, 2, 3]
     same = train(RECIPE)
-    assert one.steps == same.steps
+    assert [step.loss for step in one.steps] == [step.loss for step in same.steps]
     assert all(map(torch.equal, one.model.state_dict().values(), same.model.state_dict().values()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +22,7 @@ from open_mythos import __version__
 from open_mythos.analysis.plots import require_matplotlib
 from open_mythos.analysis.report import Section, format_cell, render_page
 from open_mythos.tour.parts import Part, as_data, run_parts
-from open_mythos.tour.recipe import TourRecipe, Trained, train
+from open_mythos.tour.recipe import TourRecipe, Trained, tour_recipe, train
 
 TITLE = "OpenMythos: a guided tour"
 INTRODUCTION = (
@@ -44,7 +44,7 @@ class Arguments:
 def run(arguments: Arguments) -> None:
     """Train, measure, print, write."""
     require_matplotlib()
-    recipe = _recipe(arguments)
+    recipe = tour_recipe(arguments.seed, arguments.steps)
     arguments.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     parts: list[Part] = []
@@ -56,13 +56,6 @@ def run(arguments: Arguments) -> None:
     _write(arguments.out, recipe, trained, parts)
     console.print(f"\nReport: [bold]{arguments.out / 'report.html'}[/bold]  (open it in a browser)")
     console.print(f"Look inside the model: mythos inspect {arguments.out / 'model'}")
-
-
-def _recipe(arguments: Arguments) -> TourRecipe:
-    recipe = TourRecipe(seed=arguments.seed)
-    if arguments.steps is None:
-        return recipe
-    return replace(recipe, training=replace(recipe.training, steps=arguments.steps))
 
 
 @contextmanager
@@ -79,7 +72,7 @@ def _one_thread() -> Iterator[None]:
 def _train_with_progress(recipe: TourRecipe, console: Console) -> Trained:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console) as progress:
-        bar = progress.add_task("training", total=recipe.training.steps, loss="")
+        bar = progress.add_task("training", total=recipe.run.training.steps, loss="")
         return train(recipe, lambda done, loss: progress.update(bar, completed=done, loss=f"loss {loss:.3f}"))
 
 

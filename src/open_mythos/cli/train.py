@@ -67,7 +67,7 @@ def parse(words: list[str]) -> Arguments:
 
 def run(arguments: Arguments) -> None:
     """Train, showing how it goes."""
-    console = Console()
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     device = _device(arguments.device)
 
     def observe(prepared: Prepared) -> Sequence[Observer]:
@@ -84,8 +84,7 @@ def run(arguments: Arguments) -> None:
             return observe(prepared)
 
         train(arguments.run, arguments.out, device, observe=ready, on_progress=on_progress)
-    if os.environ.get("RANK", "0") == "0":
-        console.print(f"Model folder: [bold]{arguments.out}[/bold]. Turn its knob: mythos sweep {arguments.out}")
+    console.print(f"Model folder: [bold]{arguments.out}[/bold]. Turn its knob: mythos sweep {arguments.out}")
 
 
 def _with_flags(what: str, run: RunConfig, words: list[str]) -> Arguments:

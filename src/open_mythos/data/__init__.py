@@ -1,1 +1,1 @@
-"""Tasks whose answers are known."""
+"""What models learn from: text, and tasks whose answers are known."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from open_mythos.analysis.routing import expert_load
 from open_mythos.analysis.stability import spectrum, stability
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.presets import mythos_tutorial_gqa, mythos_tutorial_mla
+from open_mythos.recipes.run_config import run_to_dict
 from open_mythos.tour.recipe import TourRecipe, Trained
 
 if TYPE_CHECKING:
@@ -143,17 +144,17 @@ def stable_injection(model: OpenMythos) -> Part:
 
 def task(recipe: TourRecipe) -> Part:
     """Part 4: what is learned."""
-    ids, targets, _ = recipe.task.batch(1, recipe.max_bits, torch.Generator().manual_seed(recipe.seed))
+    ids, targets, _ = recipe.task.batch(1, recipe.run.longest, torch.Generator().manual_seed(recipe.seed))
     bits, parities = (" ".join(str(int(x) - 1) for x in row[0]) for row in (ids, targets))
     section = Section(
         title="The task",
         text="After every bit: is the number of ones so far odd? The last answer needs all bits. A layer of this "
         f"model sees {recipe.model.loop_reach} positions, so that information travels a few positions per loop: long "
-        f"strings need many loops. Training uses strings of 1 to {recipe.max_bits} bits, with one loop per "
-        f"{recipe.task.bits_per_loop} bits and never more than {recipe.trained_loops}.",
+        f"strings need many loops. Training uses strings of 1 to {recipe.run.longest} bits, with one loop per "
+        f"{recipe.run.longest // recipe.trained_loops} bits and never more than {recipe.trained_loops}.",
         preformatted=f"bits     {bits}\nparity   {parities}",
     )
-    return Part("task", {"max_bits": recipe.max_bits, "max_loops": recipe.trained_loops}, section)
+    return Part("task", {"max_bits": recipe.run.longest, "max_loops": recipe.trained_loops}, section)
 
 
 def training(recipe: TourRecipe, trained: Trained) -> Part:
@@ -210,9 +211,9 @@ def extrapolation(recipe: TourRecipe, model: OpenMythos) -> Part:
     )
     section = Section(
         title="Depth extrapolation",
-        text=f"Trained on at most {recipe.max_bits} bits with at most {recipe.trained_loops} loops. The weights stay "
-        "as they are; only the number of loops changes. A model that has learned the rule itself needs more loops for "
-        "longer strings, and takes no harm from more loops than needed.",
+        text=f"Trained on at most {recipe.run.longest} bits with at most {recipe.trained_loops} loops. The weights "
+        "stay as they are; only the number of loops changes. A model that has learned the rule itself needs more loops "
+        "for longer strings, and takes no harm from more loops than needed.",
         verdict=f"From {shallow} to {deep} loops, accuracy goes from {found}.",
         rows=by_loops,
         pictures={"depth_sweep": _png(plots.depth_sweep(sweep, recipe.trained_loops, chance=0.5))},
@@ -309,5 +310,5 @@ def _png(figure: Figure) -> bytes:
 
 def as_data(recipe: TourRecipe, parts: list[Part]) -> dict[str, Any]:
     """The whole tour as plain data, for `results.json`."""
-    training = {"model": recipe.model.to_dict(), "fit": asdict(recipe.training)}
-    return {"seed": recipe.seed, "recipe": training, **{part.key: part.data for part in parts}}
+    run = {**run_to_dict(recipe.run), "model": recipe.model.to_dict()}
+    return {"seed": recipe.seed, "recipe": run, **{part.key: part.data for part in parts}}

@@ -5,56 +5,57 @@ Main entries: `TourRecipe`, `train`.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
 from open_mythos.config import MythosConfig
-from open_mythos.data.parity import Parity
+from open_mythos.data.tasks import TASKS, Task, TaskBatches
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.training.fit import Batch, FitConfig, Step, fit
+from open_mythos.recipes.named import named_recipe
+from open_mythos.recipes.run_config import TaskRun
+from open_mythos.training.records import Rows, StepRecord
+from open_mythos.training.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
 class TourRecipe:
-    """Model, task and training of the tour. Strings have at most `max_bits` bits, and so at most 4 loops."""
+    """The run that `mythos train parity` makes, and what the tour then measures."""
 
-    seed: int = 0
-    task: Parity = field(default_factory=Parity)
-    max_bits: int = 16
-    batch_size: int = 64
-    growth: float = 0.5
-    """Share of the training over which the longest string grows from one loop's worth of bits to `max_bits`."""
+    run: TaskRun
     sweep_loops: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
     sweep_lengths: tuple[int, ...] = (24, 48, 96)
     sweep_strings: int = 256
-    model: MythosConfig = field(
-        default_factory=lambda: MythosConfig(
-            vocab_size=3,
-            dim=64,
-            max_seq_len=96,
-            max_loop_iters=32,
-            recurrent_layers=2,
-            window=3,
-            outer_window=3,
-            n_experts=4,
-            expert_dim=32,
-        )
-    )
-    training: FitConfig = field(default_factory=lambda: FitConfig(steps=800, learning_rate=5e-4, weight_decay=0.1))
+
+    @property
+    def seed(self) -> int:
+        """Of the weights and of all data."""
+        return self.run.training.seed
+
+    @property
+    def task(self) -> Task:
+        """Parity."""
+        return TASKS[self.run.task]()
+
+    @property
+    def model(self) -> MythosConfig:
+        """The trained model's sizes."""
+        return self.run.model.replace(vocab_size=self.task.vocab_size)
 
     @property
     def trained_loops(self) -> int:
         """The most loops that training ever runs."""
-        return self.task.loops(self.max_bits)
+        return self.task.loops(self.run.longest)
 
-    def longest(self, step: int) -> int:
-        """The most bits that a string of this training step may have."""
-        growing = math.ceil(self.max_bits * (step + 1) / max(1.0, self.growth * self.training.steps))
-        return min(self.max_bits, max(self.task.bits_per_loop, growing))
+
+def tour_recipe(seed: int = 0, steps: int | None = None) -> TourRecipe:
+    """The tour's recipe with another seed, or fewer steps."""
+    run = cast(TaskRun, named_recipe("parity"))
+    training = replace(run.training, seed=seed, steps=run.training.steps if steps is None else steps)
+    return TourRecipe(run=replace(run, training=training))
 
 
 @dataclass(frozen=True)
@@ -62,28 +63,47 @@ class Trained:
     """The tour's model, and how its training went."""
 
     model: OpenMythos
-    steps: tuple[Step, ...]
+    steps: tuple[StepRecord, ...]
     seconds: float
+
+
+class _Recorder:
+    """Keeps every step."""
+
+    def __init__(self, on_step: Callable[[int, float], None] | None) -> None:
+        self.records: list[StepRecord] = []
+        self._on_step = on_step
+
+    def on_step(self, record: StepRecord) -> None:
+        self.records.append(record)
+        if self._on_step is not None:
+            self._on_step(record.step + 1, record.loss)
+
+    def on_sweep(self, step: int, rows: Rows) -> None:
+        pass
+
+    def on_message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def train(recipe: TourRecipe, on_step: Callable[[int, float], None] | None = None) -> Trained:
     """Train the tour's model from the recipe's seed; `on_step` gets the number of steps done and the loss."""
+    run = recipe.run
     torch.manual_seed(recipe.seed)
-    random = torch.Generator().manual_seed(recipe.seed)
     model = OpenMythos(recipe.model)
-    steps: list[Step] = []
-
-    def draw(step: int) -> Batch:
-        longest = recipe.longest(step)
-        length = int(torch.randint(1, longest + 1, (), generator=random))
-        ids, targets, _ = recipe.task.batch(recipe.batch_size, length, random)
-        return Batch(ids, targets, recipe.task.loops(length))
-
-    def record(step: Step) -> None:
-        steps.append(step)
-        if on_step is not None:
-            on_step(len(steps), step.loss)
-
+    source = TaskBatches(
+        recipe.task,
+        batch_size=run.batch_size,
+        shortest=run.shortest,
+        longest=run.longest,
+        steps=run.training.steps,
+        growth=run.growth,
+        seed=recipe.seed,
+    )
+    recorder = _Recorder(on_step)
     start = time.perf_counter()
-    fit(model, draw, recipe.training, record)
-    return Trained(model, tuple(steps), time.perf_counter() - start)
+    Trainer(model, source, run.depth, run.training).run([recorder])
+    return Trained(model, tuple(recorder.records), time.perf_counter() - start)
