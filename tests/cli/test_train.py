@@ -152,7 +152,6 @@ def test_bad_text_is_named_before_anything_is_trained(tmp_path: Path, capsys: py
         assert says in told
         assert name in told
     (tmp_path / "good.txt").write_text("All is well that ends well. " * 60)
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
     good = ["train", "text", "--data", str(tmp_path / "good.txt"), "--out", str(tmp_path / "run"), *SMALL_TEXT]
     assert main(good) == 0
 

@@ -84,17 +84,20 @@ def test_a_file_that_is_not_yaml_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_belongs_to_one_run_which_may_be_prolonged(tmp_path: Path) -> None:
-    folder, run = RunFolder(tmp_path / "run"), TaskRun()
-    folder.claim(run)
+    (tmp_path / "run").mkdir()
+    folder = RunFolder(tmp_path / "run")
+    folder.check(TaskRun())
+    folder.claim(TaskRun())
     longer = TaskRun(training=TrainerConfig(steps=5000, checkpoint_every=7), sweep_problems=3)
+    folder.check(longer)
     folder.claim(longer)
     assert folder.read() == longer
     with pytest.raises(ValueError, match=r"model.dim is 64; the run in .*run has 128"):
-        folder.claim(TaskRun(model=MythosConfig(dim=64)))
+        folder.check(TaskRun(model=MythosConfig(dim=64)))
     with pytest.raises(ValueError, match=r"training.seed is 1"):
-        folder.claim(TaskRun(training=TrainerConfig(seed=1)))
-    with pytest.raises(ValueError, match=r"kind is 'text'|batch_size|data is"):
-        folder.claim(TextRun())
+        folder.check(TaskRun(training=TrainerConfig(seed=1)))
+    with pytest.raises(ValueError, match=r"data is 'stdlib'"):
+        folder.check(TextRun())
     assert folder.read() == longer
 
 

@@ -64,18 +64,20 @@ class RunFolder:
             )
         return read_run(self.description)
 
+    def check(self, run: RunConfig) -> None:
+        """`ValueError` names what differs if the folder belongs to another run."""
+        if not self.description.is_file():
+            return
+        before, now = _flat(run_to_dict(self.read())), _flat(run_to_dict(run))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key) and key not in _FREE:
+                raise ValueError(
+                    f"{key} is {now.get(key)!r}; the run in {self.path} has {before.get(key)!r}, and resuming must "
+                    "not change it: take another folder"
+                )
+
     def claim(self, run: RunConfig) -> None:
-        """Write the run's description; `ValueError` names what differs if another run's is there already."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        if self.description.is_file():
-            before, now = _flat(run_to_dict(self.read())), _flat(run_to_dict(run))
-            changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-            for key in changed:
-                if key not in _FREE:
-                    raise ValueError(
-                        f"{key} is {now.get(key)!r}; the run in {self.path} has {before.get(key)!r}, and resuming must "
-                        "not change it: take another folder"
-                    )
+        """Write the run's description, once it is certain that the run can begin."""
         partial = self.description.with_suffix(".partial")
         partial.write_text(to_yaml(run), encoding="utf-8")
         partial.replace(self.description)

@@ -48,9 +48,10 @@ def train(
     """
     folder = RunFolder(out)
     with joined(device) as ranks, ExitStack() as stack:
+        ranks.share(run.batch_size)
         if ranks.is_main:
             stack.enter_context(locked(out))
-            folder.claim(run)
+            folder.check(run)
             material = open_material(run, folder.data, on_progress)
         ranks.wait()
         if not ranks.is_main:
@@ -67,6 +68,7 @@ def train(
         )
         observers: list[Observer] = []
         if ranks.is_main:
+            folder.claim(run)
             prepared = Prepared(run, model, material, trainer.first_step)
             observers = [JsonLines(out, trainer.first_step), *observe(prepared)]
             for observer in observers:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from open_mythos.model.mythos import OpenMythos
+from open_mythos.training.muon import Muon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +79,7 @@ def build_optimizers(model: OpenMythos, config: OptimConfig) -> list[torch.optim
     )
     if config.kind == "adamw":
         return [adamw]
-    muon = torch.optim.Muon(
-        groups.hidden,
-        lr=config.learning_rate,
-        weight_decay=decay,
-        momentum=config.momentum,
-        adjust_lr_fn="match_rms_adamw",
-    )
+    muon = Muon(groups.hidden, lr=config.learning_rate, weight_decay=decay, momentum=config.momentum)
     return [muon, adamw]
 
 
