@@ -168,6 +168,11 @@ class MythosConfig:
         )
 
     @property
+    def rotary_dim(self) -> int:
+        """How many channels of a head are rotated."""
+        return self.qk_rope_head_dim if self.attn_type == "mla" else self.head_dim
+
+    @property
     def matrix_update_scale(self) -> float:
         """`update_scale` as a number."""
         return self.update_scale if self.update_scale is not None else 512 / self.dim

@@ -1,14 +1,18 @@
 """Rotary position embedding in the half-rotation layout of Llama (Su et al. 2021, arXiv 2104.09864).
 
-Main entries: `rotary_table`, `apply_rotary`.
+Main entries: `rotary_table` and `apply_rotary`; `RotationMatrices` for one position at a time.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from open_mythos.model.vectors import Array, as_array
 
 
 class RotaryTable(NamedTuple):
@@ -20,10 +24,36 @@ class RotaryTable(NamedTuple):
 
 def rotary_table(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> RotaryTable:
     """Angles `position / theta^(2i/dim)`, computed in float32 whatever `dtype` they are returned in."""
-    exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
-    angles = positions.to(torch.float32).unsqueeze(-1) * theta**-exponent
+    angles = positions.to(torch.float32).unsqueeze(-1) * _frequencies(dim, theta, positions.device)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return RotaryTable(torch.cat([cos, cos], -1).unsqueeze(-2), torch.cat([-sin, sin], -1).unsqueeze(-2))
+
+
+def _frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    return theta ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+
+
+@cache
+def rotation_matrices(dim: int, theta: float) -> RotationMatrices:
+    """Those of one dimension and base, made once."""
+    return RotationMatrices(dim, theta)
+
+
+class RotationMatrices:
+    """The rotation of one position at a time as a matrix (dim, dim), to multiply rows (..., dim) with."""
+
+    def __init__(self, dim: int, theta: float) -> None:
+        self._frequencies = as_array(_frequencies(dim, theta, torch.device("cpu")))
+        self._keep: Array = np.eye(dim, dtype=np.float32)
+        half = np.eye(dim // 2, dtype=np.float32)
+        self._swap: Array = np.kron(np.array([[0, 1], [-1, 0]], np.float32), half)
+
+    def at(self, position: int) -> Array:
+        """The matrix of one position."""
+        angles = np.tile(np.float32(position) * self._frequencies, 2)
+        matrix: Array = self._keep * np.cos(angles)
+        matrix += self._swap * np.sin(angles)
+        return matrix
 
 
 def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
