@@ -20,9 +20,9 @@ from open_mythos.model.experts import MoEFFN
 from open_mythos.model.feed_forward import SwiGLU
 from open_mythos.model.latent_attention import MLAttention
 from open_mythos.model.one_token_attention import OneTokenGQA, OneTokenMLA
-from open_mythos.model.router import route
+from open_mythos.model.router import route_one
 from open_mythos.model.sequence_store import SequenceStore
-from open_mythos.model.vectors import Buffer, Norm, Product
+from open_mythos.model.vectors import Buffer, Norm, Product, as_array
 
 
 def one_token_layers(blocks: list[Block], store: SequenceStore) -> dict[nn.Module, Layer]:
@@ -78,7 +78,7 @@ class _OneTokenFFN:
         if self._moe is not None:
             routed = zip(self._moe.gate, self._moe.up, self._moe.down.mT, strict=True)
             self._routed = [_Expert(*each) for each in routed]
-            self._router = Product(self._moe.router.weight)
+            self._router, self._bias = Product(self._moe.router.weight), as_array(self._moe.router_bias)
             sizes = [self._moe.gate.shape[1]] * self._moe.topk + sizes
         self._gate, self._up = Buffer(sum(sizes)), Buffer(sum(sizes))
         self._gates, self._ups = self._gate.tensor.split(sizes), self._up.tensor.split(sizes)
@@ -99,7 +99,5 @@ class _OneTokenFFN:
         moe = self._moe
         if moe is None:
             return self._always
-        self._router(normed)
-        experts, weights = route(self._router.tensor, moe.router_bias, moe.topk, moe.score, moe.scale)
-        chosen = zip(experts.tolist(), weights.tolist(), strict=True)
+        chosen = route_one(self._router(normed), self._bias, moe.topk, moe.score, moe.scale)
         return [*((self._routed[expert], weight) for expert, weight in chosen), *self._always]
