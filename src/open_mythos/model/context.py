@@ -63,7 +63,8 @@ class ForwardContext:
         if not self._config.use_rope:
             return None
         positions = torch.arange(self.store.length, self.store.length + self.n_new, device=self.device)
-        return rotary_table(positions, self._config.rotary_dim, self._config.rotary_base, self.dtype)
+        config = self._config
+        return rotary_table(positions, config.rotary_dim, config.rotary_base, self.dtype, config.rotary_heads)
 
     @cached_property
     def rotation(self) -> Array | None:

@@ -15,18 +15,31 @@ from torch import Tensor
 from open_mythos.model.vectors import Array, as_array
 
 
+# Rows shorter than this are too short for the vector loops of a CPU: a product that broadcasts them takes three times as
+# long as one of whole tensors.
+_SHORT_ROW = 32
+
+
 class RotaryTable(NamedTuple):
-    """Cosines and signed sines of every position, each (seq, 1, dim), ready to broadcast over heads."""
+    """Cosines and signed sines of every position, each (seq, 1 or heads, dim)."""
 
     cos: Tensor
     signed_sin: Tensor
 
 
-def rotary_table(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> RotaryTable:
-    """Angles `position / theta^(2i/dim)`, computed in float32 whatever `dtype` they are returned in."""
+def rotary_table(
+    positions: Tensor, dim: int, theta: float, dtype: torch.dtype, heads: int | None = None
+) -> RotaryTable:
+    """Angles `position / theta^(2i/dim)`, computed in float32 whatever `dtype` they are returned in.
+
+    If all that is rotated has that many `heads`, short rows are laid out for every one of them.
+    """
     angles = positions.to(torch.float32).unsqueeze(-1) * _frequencies(dim, theta, positions.device)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    return RotaryTable(torch.cat([cos, cos], -1).unsqueeze(-2), torch.cat([-sin, sin], -1).unsqueeze(-2))
+    table = RotaryTable(torch.cat([cos, cos], -1).unsqueeze(-2), torch.cat([-sin, sin], -1).unsqueeze(-2))
+    if heads is None or dim >= _SHORT_ROW:
+        return table
+    return RotaryTable(*(rows.expand(-1, heads, -1).contiguous() for rows in table))
 
 
 def _frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
