@@ -14,9 +14,8 @@ from torch import Tensor
 
 from open_mythos.model.vectors import Array, as_array
 
-
-# Rows shorter than this are too short for the vector loops of a CPU: a product that broadcasts them takes three times as
-# long as one of whole tensors.
+# Rows shorter than this are too short for the vector loops of a CPU: a product that broadcasts them takes three times
+# as long as one of whole tensors.
 _SHORT_ROW = 32
 
 
