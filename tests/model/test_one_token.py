@@ -116,6 +116,20 @@ def test_what_was_generated_can_be_trained_on() -> None:
     assert model.embed.weight.grad is not None
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_streamed_tokens_are_those_generated_and_nothing_is_switched_meanwhile(batch: int) -> None:
+    model = tiny_model(tiny_config()).train()
+    ids = random_ids(model.config, batch, 4)
+    streamed = []
+    for new in model.stream(ids, 5, n_loops=3, temperature=0):
+        assert model.training
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        assert not new.is_inference()
+        streamed.append(new)
+    assert torch.equal(torch.cat([ids, *streamed], 1), model.generate(ids, 5, n_loops=3, temperature=0))
+
+
 def test_weights_changed_between_two_calls_are_seen() -> None:
     model = tiny_model(tiny_config())
     ids = random_ids(model.config, 1, 4)
