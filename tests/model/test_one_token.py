@@ -108,6 +108,24 @@ def test_everything_else_takes_the_general_way(batch: int, dtype: torch.dtype, m
     assert not calls
 
 
+class _Wrapped(torch.nn.Linear):
+    """A linear layer that does more than its weight says, as adapters and quantised layers do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 - super().forward(x)
+
+
+@torch.no_grad()
+def test_blocks_with_unknown_parts_compute_for_themselves(forced: list[Tensor]) -> None:
+    model = tiny_model(tiny_config())
+    block = model.recurrent.block
+    wrapped = _Wrapped(16, 16, bias=False)
+    wrapped.weight.copy_(block.attn.out.weight)
+    block.attn.out = wrapped
+    block.ffn.shared.register_forward_hook(lambda _module, _inputs, out: -out)
+    assert_every_step_equals_the_full_forward(model, 4, forced)
+
+
 def test_what_was_generated_can_be_trained_on() -> None:
     """Tensors of inference mode may not be saved for a backward pass."""
     model = tiny_model(tiny_config()).train()

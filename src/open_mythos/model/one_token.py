@@ -19,16 +19,30 @@ from open_mythos.model.context import ForwardContext, Layer
 from open_mythos.model.experts import MoEFFN
 from open_mythos.model.feed_forward import SwiGLU
 from open_mythos.model.latent_attention import MLAttention
+from open_mythos.model.norm import RMSNorm
 from open_mythos.model.one_token_attention import OneTokenGQA, OneTokenMLA
 from open_mythos.model.router import route_one
 from open_mythos.model.sequence_store import SequenceStore
 from open_mythos.model.vectors import Buffer, Norm, Product, as_array
 
+_KNOWN = {Block, GQAttention, MLAttention, MoEFFN, SwiGLU, RMSNorm, nn.Linear, nn.Dropout}
+
 
 def one_token_layers(blocks: list[Block], store: SequenceStore) -> dict[nn.Module, Layer]:
-    """What stands in for each block while one sequence is continued; nothing unless it is float32 on a CPU."""
-    served = all(p.dtype == torch.float32 and p.device.type == "cpu" for block in blocks for p in block.parameters())
-    return {block: OneTokenBlock(block, store) for block in blocks} if served else {}
+    """What stands in for each block while one sequence is continued; none for blocks that it does not know fully.
+
+    Those are other than float32, not on a CPU, or have parts that were wrapped, replaced, hooked or patched.
+    """
+    return {block: OneTokenBlock(block, store) for block in blocks if _is_plain(block)}
+
+
+def _is_plain(block: Block) -> bool:
+    for part in block.modules():
+        if type(part) not in _KNOWN or "forward" in vars(part):
+            return False
+        if part is not block and (part._forward_hooks or part._forward_pre_hooks):
+            return False
+    return all(p.dtype == torch.float32 and p.device.type == "cpu" for p in block.parameters())
 
 
 class OneTokenBlock:
