@@ -168,6 +168,16 @@ class MythosConfig:
         )
 
     @property
+    def rotary_dim(self) -> int:
+        """How many channels of a head are rotated."""
+        return self.qk_rope_head_dim if self.attn_type == "mla" else self.head_dim
+
+    @property
+    def rotary_heads(self) -> int:
+        """How many heads an attention layer rotates: queries and keys; MLA's keys share one."""
+        return self.n_heads + (1 if self.attn_type == "mla" else self.n_kv_heads)
+
+    @property
     def matrix_update_scale(self) -> float:
         """`update_scale` as a number."""
         return self.update_scale if self.update_scale is not None else 512 / self.dim

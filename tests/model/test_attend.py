@@ -45,6 +45,8 @@ SHAPES = {
     "window in a chunk": Shape(4, 13, window=3),
     "window wider than the keys": Shape(5, 5, window=40),
     "window with one query": Shape(1, 12, window=5),
+    "cut into runs": Shape(150, 150, heads=2, key_heads=1, window=6, batch=1),
+    "cut into runs after a past": Shape(129, 190, heads=2, window=9, value_width=5, batch=1),
     "long": Shape(50, 53, heads=2, key_heads=1, window=6, batch=1),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from open_mythos.model.rope import apply_rotary, rotary_table
+from open_mythos.model.rope import apply_rotary, rotary_table, rotation_matrices
 from reference.elementary import rotate
 
 
@@ -43,3 +43,18 @@ def test_angles_are_computed_in_float32_for_half_precision() -> None:
     half = rotary_table(torch.tensor([1003]), 8, 10_000.0, torch.bfloat16)
     full = rotary_table(torch.tensor([1003]), 8, 10_000.0, torch.float32)
     torch.testing.assert_close(half.cos.float(), full.cos, atol=0.005, rtol=0)
+
+
+def test_a_table_laid_out_for_every_head_rotates_alike() -> None:
+    x, positions = torch.randn(2, 7, 3, 8), torch.arange(5, 12)
+    laid_out = rotary_table(positions, 8, 100.0, torch.float32, heads=3)
+    assert laid_out.cos.shape == (7, 3, 8)
+    assert torch.equal(apply_rotary(x, laid_out), apply_rotary(x, rotary_table(positions, 8, 100.0, torch.float32)))
+
+
+@pytest.mark.parametrize("position", [0, 1, 1003, 100_000])
+def test_the_matrix_of_a_position_rotates_as_the_table_does(position: int) -> None:
+    x = torch.randn(1, 5, 16)
+    table = rotary_table(torch.tensor([position]), 16, 10_000.0, torch.float32)
+    matrix = torch.from_numpy(rotation_matrices(16, 10_000.0).at(position))
+    torch.testing.assert_close(x @ matrix, apply_rotary(x, table), atol=1e-5, rtol=0)

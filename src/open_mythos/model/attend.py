@@ -113,11 +113,7 @@ def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: floa
     widest = max(q.shape[-1], width)  # the kernel wants keys and values of one width
     q, k, v = (F.pad(x, (0, widest - x.shape[-1])) for x in (q, k, v))
     logits = q.new_full((q.shape[2],), float("-inf")) if sink is None else sink.to(q.dtype)
-    causal = mask.is_causal_square
-    bias = None if causal else mask.bias
-    out, _ = _CpuFlashWithSink.apply(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), logits, bias, causal, scale
-    )
+    out, _ = _CpuFlashWithSink.apply(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), logits, mask, scale)
     return out.transpose(1, 2)[..., :width]
 
 
@@ -131,23 +127,55 @@ class _CpuFlashWithSink(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor, bias: Tensor | None, causal: bool, scale: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor, mask: AttentionMask, scale: float
     ) -> tuple[Tensor, Tensor]:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+        outs, lses = [], []
+        for queries, keys, part in mask.parts:
+            causal, bias = part.causal_or_bias
+            there = (k[:, :, keys], v[:, :, keys])
+            out, lse = flash(q[:, :, queries], *there, 0.0, causal, attn_mask=bias, scale=scale)
+            outs.append(out.transpose(1, 2))
+            lses.append(lse)
+        out, lse = _joined(outs, 1).transpose(1, 2), _joined(lses, 2)
         full = torch.logaddexp(lse, sink.to(lse.dtype).view(-1, 1))
         out = out * (lse - full).exp().to(out.dtype).unsqueeze(-1)
-        ctx.save_for_backward(q, k, v, sink, bias, out, full)
-        ctx.causal, ctx.scale = causal, scale
+        ctx.save_for_backward(q, k, v, sink, out, full)
+        ctx.mask, ctx.scale = mask, scale
         ctx.mark_non_differentiable(full)
         return out, full
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, sink, bias, out, full = ctx.saved_tensors
+        q, k, v, sink, out, full = ctx.saved_tensors
         flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        dq, dk, dv = flash_backward(grad, q, k, v, out, full, 0.0, ctx.causal, attn_mask=bias, scale=ctx.scale)
+        dqs, dks, dvs = [], [], []
+        for queries, keys, part in ctx.mask.parts:
+            causal, bias = part.causal_or_bias
+            here, there = (out[:, :, queries], full[:, :, queries]), (k[:, :, keys], v[:, :, keys])
+            dq, dk, dv = flash_backward(
+                grad[:, :, queries], q[:, :, queries], *there, *here, 0.0, causal, attn_mask=bias, scale=ctx.scale
+            )
+            dqs.append(dq.transpose(1, 2))
+            dks.append(dk)
+            dvs.append(dv)
+        read = [keys for _, keys, _ in ctx.mask.parts]
+        dq, dk, dv = _joined(dqs, 1).transpose(1, 2), _overlaid(k, read, dks), _overlaid(v, read, dvs)
         sink_weight = (sink.to(full.dtype).view(-1, 1) - full).exp()
         dsink = -(sink_weight * (grad * out).sum(-1)).sum((0, 2)).to(sink.dtype)
-        return dq, dk, dv, dsink, None, None, None
+        return dq, dk, dv, dsink, None, None
+
+
+def _joined(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _overlaid(like: Tensor, places: list[slice], tensors: list[Tensor]) -> Tensor:
+    """The sum of tensors that belong at certain places of dimension 2."""
+    if len(tensors) == 1:
+        return tensors[0]
+    total = torch.zeros_like(like)
+    for place, tensor in zip(places, tensors, strict=True):
+        total[:, :, place] += tensor
+    return total

@@ -38,9 +38,16 @@ class Block(nn.Module):
         self, x: Tensor, context: ForwardContext, address: CacheAddress, active: Tensor | None = None
     ) -> Tensor:
         """(batch, seq, dim) to the same shape; `active` (batch, seq) marks positions that have not halted."""
+        if active is None and self in context.one_token:
+            return context.one_token[self](x, context, address)
         attended = self.dropout(self.attn(self.attn_norm(x), context, address, active))
         x = torch.add(x, attended, alpha=self.branch_scale)
-        normed = self.ffn_norm(x)
-        if context.expert_load is not None and isinstance(self.ffn, MoEFFN):
-            context.expert_load[address] = self.ffn.load(normed, active)
-        return torch.add(x, self.dropout(self.ffn(normed)), alpha=self.branch_scale)
+        fed = self._feed(self.ffn_norm(x), context, address, active)
+        return torch.add(x, self.dropout(fed), alpha=self.branch_scale)
+
+    def _feed(self, x: Tensor, context: ForwardContext, address: CacheAddress, active: Tensor | None) -> Tensor:
+        if context.expert_load is None or not isinstance(self.ffn, MoEFFN):
+            return self.ffn(x)
+        routing = self.ffn.route(x)
+        context.expert_load[address] = self.ffn.load(routing, active)
+        return self.ffn(x, routing)

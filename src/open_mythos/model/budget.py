@@ -38,6 +38,10 @@ class LoopBudget:
         """Whether nobody's last loop is t."""
         return t + 1 < (self.most if self._delayed else self.fewest)
 
+    def all_end_at(self, t: int) -> bool:
+        """Whether t is everybody's last loop, and all began with the first."""
+        return self.fewest == self.most == t + 1
+
     def own_index(self, t: int) -> int | Tensor:
         """Loop t as each sequence counts its own, from 0; a tensor (batch, 1, 1) where they differ."""
         return (t - self._first).clamp_min(0).unsqueeze(-1) if self._delayed else t

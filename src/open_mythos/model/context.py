@@ -5,15 +5,18 @@ Main entry: `ForwardContext`. It belongs to one pass; nothing in it outlives the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.model.cache import CacheAddress, KVStore, PassStore
 from open_mythos.model.mask import AttentionMask
-from open_mythos.model.rope import RotaryTable, rotary_table
+from open_mythos.model.rope import RotaryTable, rotary_table, rotation_matrices
+from open_mythos.model.vectors import Array
 
 
 class Injected(NamedTuple):
@@ -22,6 +25,12 @@ class Injected(NamedTuple):
     e: Tensor
     a: Tensor
     be: Tensor
+
+
+class Layer(Protocol):
+    """What computes a block's output in the block's place."""
+
+    def __call__(self, x: Tensor, context: ForwardContext, address: CacheAddress) -> Tensor: ...
 
 
 class ForwardContext:
@@ -34,18 +43,43 @@ class ForwardContext:
         device: torch.device,
         dtype: torch.dtype,
         store: KVStore | None = None,
+        constants: dict[Hashable, Tensor] | None = None,
     ) -> None:
+        """Passes that share `constants` must not change the weights between them."""
         self.store: KVStore = store if store is not None else PassStore()
         self.n_new, self.device, self.dtype = n_new, device, dtype
         self.expert_load: dict[CacheAddress, Tensor] | None = None
         """Slots per expert at each address, filled by the layers if it is a dict; None where nobody asks."""
+        self.one_token: Mapping[nn.Module, Layer] = {}
+        """In a pass over a single position: what stands in for a block."""
         self.injected: Injected | None = None
-        self.rotary: RotaryTable | None = None
-        if config.use_rope:
-            positions = torch.arange(self.store.length, self.store.length + n_new, device=device)
-            width = config.qk_rope_head_dim if config.attn_type == "mla" else config.head_dim
-            self.rotary = rotary_table(positions, width, config.rotary_base, dtype)
+        self._config = config
+        self._constants = {} if constants is None else constants
         self._masks: dict[int | None, AttentionMask] = {}
+
+    @cached_property
+    def rotary(self) -> RotaryTable | None:
+        """Rotations of the new positions; None in a model without rotary positions."""
+        if not self._config.use_rope:
+            return None
+        positions = torch.arange(self.store.length, self.store.length + self.n_new, device=self.device)
+        config = self._config
+        return rotary_table(positions, config.rotary_dim, config.rotary_base, self.dtype, config.rotary_heads)
+
+    @cached_property
+    def rotation(self) -> Array | None:
+        """The first new position's rotation as a matrix; None in a model without rotary positions."""
+        if not self._config.use_rope:
+            return None
+        return rotation_matrices(self._config.rotary_dim, self._config.rotary_base).at(self.store.length)
+
+    def constant(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What follows from the weights alone; where no gradients are taken, computed once."""
+        if torch.is_grad_enabled():
+            return compute()
+        if key not in self._constants:
+            self._constants[key] = compute()
+        return self._constants[key]
 
     def mask(self, window: int | None) -> AttentionMask:
         """The mask of a layer with this window, built once per pass."""

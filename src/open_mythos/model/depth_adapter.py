@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from open_mythos.model.context import ForwardContext
+
 
 class DepthAdapter(nn.Module):
     """`up(scale_t * down(branches))` with `scale_t = settled + transient * decay^t` per rank.
@@ -25,13 +27,15 @@ class DepthAdapter(nn.Module):
         self.transient = nn.Parameter(torch.zeros(rank))
         self.decay_logit = nn.Parameter(torch.zeros(rank))
 
-    def scale(self, t: int) -> Tensor:
+    def scale(self, t: int | Tensor) -> Tensor:
         """The per-rank factor of loop t, (rank,)."""
-        return self.settled + self.transient * torch.sigmoid(self.decay_logit) ** t
+        return torch.addcmul(self.settled, self.transient, torch.sigmoid(self.decay_logit) ** t)
 
-    def forward(self, branches: Tensor, t: int) -> Tensor:
+    def forward(self, branches: Tensor, t: int | Tensor, context: ForwardContext | None = None) -> Tensor:
         """What to add in loop t for the sum of the block's branches (..., dim)."""
-        return self.up(self.down(branches) * self.scale(t))
+        if context is None or isinstance(t, Tensor):
+            return self.up(self.down(branches) * self.scale(t))
+        return self.up(self.down(branches) * context.constant((self, t), lambda: self.scale(t)))
 
 
 class LoopEmbedding(nn.Module):

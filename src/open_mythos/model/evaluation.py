@@ -17,10 +17,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     In training mode a forward pass would move the routers' biases.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    in_training = [module for module in model.modules() if module.training]
+    for module in in_training:
+        module.training = False
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in in_training:
+            module.training = True

@@ -53,23 +53,23 @@ class MoEFFN(nn.Module):
             self.router_bias = bias.to(self.router_bias.device)
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) to (..., dim)."""
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        """(..., dim) to (..., dim); `routing` is what `route` found for x, if the caller has asked already."""
         flat = x.reshape(-1, x.shape[-1])
-        routing = self.route(flat)
+        routing = routing or self.route(flat)
         out = self._all_experts(flat, routing) if self._all_is_better(flat) else self._grouped(flat, routing)
         if self.shared is not None:
             out = out + self.shared(flat)
         return out.view_as(x)
 
     def route(self, x: Tensor) -> Routing:
-        """Experts and weights of every token of x (tokens, dim)."""
-        return route(self.router(x), self.router_bias, self.topk, self.score, self.scale)
+        """Experts and weights of every token of x (..., dim), flattened to (tokens, experts per token)."""
+        return route(self.router(x.reshape(-1, x.shape[-1])), self.router_bias, self.topk, self.score, self.scale)
 
     @torch.no_grad()
-    def load(self, x: Tensor, active: Tensor | None = None) -> Tensor:
-        """Slots that each expert gets from the `active` (...) tokens of x (..., dim), by default all; (n_experts,)."""
-        experts = self.route(x.reshape(-1, x.shape[-1])).experts
+    def load(self, routing: Routing, active: Tensor | None = None) -> Tensor:
+        """Slots that each expert gets from the `active` (...) tokens, by default all; (n_experts,)."""
+        experts = routing.experts
         return count_load(experts, self.n_experts, None if active is None else active.reshape(-1, 1).expand_as(experts))
 
     @torch.no_grad()

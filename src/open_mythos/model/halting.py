@@ -23,8 +23,10 @@ class ACTHalting(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """h (batch, seq, dim) to halting probabilities (batch, seq)."""
-        size = torch.linalg.vector_norm(h, dim=-1) * h.shape[-1] ** -0.5
-        return torch.sigmoid(F.linear(h, self.halt.weight).squeeze(-1) / (size + self.eps) + self.halt.bias)
+        root = h.shape[-1] ** 0.5
+        norm = torch.linalg.vector_norm(h, dim=-1)
+        logit = F.linear(h, self.halt.weight).squeeze(-1)
+        return torch.sigmoid(torch.addcdiv(self.halt.bias, logit, norm + root * self.eps, value=root))
 
 
 class ACTAccumulator:
@@ -37,11 +39,10 @@ class ACTAccumulator:
     def __init__(self, threshold: float, budget: LoopBudget, like: Tensor) -> None:
         """`like` is a state (batch, seq, dim)."""
         self.threshold, self.budget = threshold, budget
-        self.exit_loops = torch.zeros(like.shape[:2], dtype=torch.int32, device=like.device)
-        """(batch, seq): how many loops each position has run."""
         self._going_on: Tensor | None = None
         self._mass = like.new_zeros(like.shape[:2])
-        self._remainder = torch.zeros_like(self._mass)
+        self._exit_loops: Tensor | int = 0  # a number for as long as it is the same everywhere
+        self._remainder: Tensor | float = 0.0
         self._output: Tensor | None = None
 
     def active(self, t: int) -> Tensor | None:
@@ -54,26 +55,39 @@ class ACTAccumulator:
     def update(self, h: Tensor, p: Tensor | None, t: int) -> None:
         """Take loop t's state h (batch, seq, dim) and halting probability p (batch, seq)."""
         assert p is not None
-        active, rest, mass = self.active(t), 1 - self._mass, self._mass + p
+        active, mass = self.active(t), self._mass + p
         if active is None and self._none_stops(mass, t):
-            weight = p
-            self.exit_loops = self.exit_loops + 1
+            weight, self._exit_loops = p, self._exit_loops + 1
+        elif active is None and self.budget.all_end_at(t) and not p.requires_grad:  # zero is a gradient, too
+            weight = self._remainder = 1 - self._mass
+            self._exit_loops, self._going_on = self._exit_loops + 1, torch.zeros_like(p, dtype=torch.bool)
         else:
-            active = torch.ones_like(p, dtype=torch.bool) if active is None else active
-            stops = active & ((mass >= self.threshold) | self.budget.end_at(t))
-            weight = torch.where(stops, rest, p) * active
-            self._remainder = self._remainder + rest * stops
-            self.exit_loops = self.exit_loops + active
-            self._going_on = ~stops if self._going_on is None else self._going_on & ~stops
+            weight = self._stop_some(torch.ones_like(p, dtype=torch.bool) if active is None else active, p, t)
             mass = self._mass + weight
         self._mass = mass
         weight = weight.unsqueeze(-1)
         self._output = weight * h if self._output is None else torch.addcmul(self._output, weight, h)
 
+    def _stop_some(self, active: Tensor, p: Tensor, t: int) -> Tensor:
+        """Each position's weight, some of which may be the last."""
+        rest, mass = 1 - self._mass, self._mass + p
+        stops = active & ((mass >= self.threshold) | self.budget.end_at(t))
+        self._remainder = self._remainder + rest * stops
+        self._exit_loops = self.exit_loops + active
+        self._going_on = ~stops if self._going_on is None else self._going_on & ~stops
+        return torch.where(stops, rest, p) * active
+
     def _none_stops(self, mass: Tensor, t: int) -> bool:
         """True if it is certain, without waiting for an accelerator, that every position goes on after loop t."""
         on_cpu = mass.device.type == "cpu"
         return self.budget.none_ends_at(t) and on_cpu and float(mass.detach().amax()) < self.threshold
+
+    @property
+    def exit_loops(self) -> Tensor:
+        """(batch, seq): how many loops each position has run."""
+        if isinstance(self._exit_loops, Tensor):
+            return self._exit_loops
+        return torch.full_like(self._mass, self._exit_loops, dtype=torch.int32)
 
     @property
     def finished(self) -> bool:

@@ -53,5 +53,5 @@ class LTIInjection(nn.Module):
     def prepare(self, e: Tensor, context: ForwardContext) -> Injected:
         """A and `B*e`, computed now unless the context has them."""
         if context.injected is None or context.injected.e is not e:
-            context.injected = Injected(e, self.get_A(), self.B * e)
+            context.injected = Injected(e, context.constant(self, self.get_A), self.B * e)
         return context.injected

@@ -11,6 +11,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+# Queries that a cut leaves together: with fewer, the kernel's own blocks are not full.
+_RUN = 64
+
 
 @dataclass(frozen=True)
 class AttentionMask:
@@ -33,6 +36,29 @@ class AttentionMask:
     def is_causal_square(self) -> bool:
         """True for the plain lower triangle, which kernels have a fast path for."""
         return self.n_queries == self.n_keys and (self.window is None or self.window >= self.n_keys)
+
+    @property
+    def causal_or_bias(self) -> tuple[bool, Tensor | None]:
+        """The mask as kernels take it: a flag where it is the plain triangle, else what to add to the scores."""
+        return (True, None) if self.is_causal_square else (False, self.bias)
+
+    @cached_property
+    def parts(self) -> list[tuple[slice, slice, AttentionMask]]:
+        """The mask cut into runs of queries: which queries, which of the keys from `first_key` on, and their mask.
+
+        A run reads no key that none of its queries sees; it is only cut where that leaves out half of them or more.
+        """
+        seen = self.n_keys - self.first_key
+        if self.window is None or seen < 2 * (self.window + _RUN):
+            return [(slice(None), slice(None), self)]
+        past = self.n_keys - self.n_queries
+        parts = []
+        for start in range(0, self.n_queries, _RUN):
+            end = min(start + _RUN, self.n_queries)
+            part = AttentionMask(end - start, past + end, self.window, self.device, self.dtype)
+            keys = slice(part.first_key - self.first_key, past + end - self.first_key)
+            parts.append((slice(start, end), keys, part))
+        return parts
 
     @cached_property
     def bias(self) -> Tensor | None:

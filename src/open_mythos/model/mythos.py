@@ -6,7 +6,7 @@ Main entry: `OpenMythos`. `encode`, `loop_step` and `decode` are the only forwar
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from open_mythos.config import MythosConfig
 from open_mythos.model import folder
 from open_mythos.model.block import Block
-from open_mythos.model.cache import CacheAddress, DictStore, PlainCache, Stage
+from open_mythos.model.cache import CacheAddress, DictStore, KVStore, PlainCache, Stage
 from open_mythos.model.checks import check_ids, check_loops, check_sampling
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.evaluation import evaluating
 from open_mythos.model.experts import MoEFFN
 from open_mythos.model.init import init_weights
 from open_mythos.model.norm import RMSNorm
+from open_mythos.model.one_token import one_token_layers
 from open_mythos.model.recurrent import RecurrentBlock
+from open_mythos.model.sequence_store import SequenceStore
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,12 @@ class OpenMythos(nn.Module):
         """(vocab_size, dim); the embedding's where the two are tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
-    def context(self, n_new: int, store: DictStore | None = None) -> ForwardContext:
+    def context(
+        self, n_new: int, store: KVStore | None = None, constants: dict[Hashable, Tensor] | None = None
+    ) -> ForwardContext:
         """What the layers of one pass over `n_new` positions share."""
         weight = self.embed.weight
-        return ForwardContext(self.config, n_new, weight.device, weight.dtype, store)
+        return ForwardContext(self.config, n_new, weight.device, weight.dtype, store, constants)
 
     def _run(self, blocks: nn.ModuleList, stage: Stage, x: Tensor, context: ForwardContext) -> Tensor:
         for layer, block in enumerate(blocks):
@@ -148,6 +152,10 @@ class OpenMythos(nn.Module):
             logits, result.ponder_cost, result.exit_loops, result.halting_probabilities, load, result.state
         )
 
+    def blocks(self) -> list[Block]:
+        """All layers, in the order in which a pass first runs them."""
+        return [module for module in self.modules() if isinstance(module, Block)]
+
     def balance(self, load: Tensor) -> None:
         """One step of every router bias against the slots that experts received, (layers, experts)."""
         for block, received in zip(self.recurrent.blocks, load, strict=True):
@@ -170,7 +178,9 @@ class OpenMythos(nn.Module):
         Temperature 0 takes the most likely token; `top_k` limits the choice to that many. Returns
         (batch, seq + max_new_tokens).
         """
-        new = self.stream(ids, max_new_tokens, n_loops, temperature, top_k, generator=generator)
+        check_sampling(ids, max_new_tokens, temperature, top_k, self.config)
+        with torch.inference_mode(), evaluating(self):
+            new = list(self._tokens(ids, max_new_tokens, n_loops, temperature, top_k, generator))
         return torch.cat([ids, *new], 1)
 
     def stream(
@@ -185,12 +195,33 @@ class OpenMythos(nn.Module):
     ) -> Iterator[Tensor]:
         """As `generate`, giving each step's tokens, (batch, 1), as soon as they are there."""
         check_sampling(ids, max_new_tokens, temperature, top_k, self.config)
-        cache: PlainCache = {}
+        tokens = self._tokens(ids, max_new_tokens, n_loops, temperature, top_k, generator)
+        for _ in range(max_new_tokens):
+            with torch.inference_mode(), evaluating(self):
+                new = next(tokens)
+            yield new.clone()  # a tensor of inference mode could not be trained on
+
+    def _tokens(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        n_loops: int | Tensor | None,
+        temperature: float,
+        top_k: int | None,
+        generator: torch.Generator | None,
+    ) -> Iterator[Tensor]:
+        """Each step's tokens; evaluation mode and inference mode are the caller's to switch on for every step."""
+        loops = check_loops(n_loops, ids, self.config)
+        store = SequenceStore(self.config, ids.shape[0], ids.shape[1] + max_new_tokens, self.embed.weight)
+        layers, constants = one_token_layers(self.blocks(), store), dict[Hashable, Tensor]()
         new = ids
         for _ in range(max_new_tokens):
-            with torch.no_grad(), evaluating(self):
-                logits = self(new, n_loops, cache, last=1)[:, -1]
-            new = _sample(logits, temperature, top_k, generator)
+            context = self.context(new.shape[1], store, constants)
+            context.one_token = layers if new.shape == (1, 1) else {}
+            result = self.recurrent(self.encode(new, context), loops, context)
+            logits = self.decode(result.state, context, last=1)
+            store.commit(new.shape[1])
+            new = _sample(logits[:, -1], temperature, top_k, generator)
             yield new
 
     def save_pretrained(self, directory: str | Path) -> None:

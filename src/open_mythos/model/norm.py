@@ -74,4 +74,4 @@ class _CpuRMSNorm(torch.autograd.Function):
             grad, x, [dim], torch.zeros_like(rstd), rstd, weight, None, wanted
         )
         total = grad.sum(-1, keepdim=True) if weight is None else (grad @ weight).unsqueeze(-1)
-        return grad_x.addcmul_(rstd, total, value=1 / dim), grad_weight, None
+        return grad_x.add_(rstd * total, alpha=1 / dim), grad_weight, None

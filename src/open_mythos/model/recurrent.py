@@ -90,7 +90,7 @@ class RecurrentBlock(nn.Module):
         for layer, block in enumerate(self.blocks):
             x = block(x, context, CacheAddress("recurrent", layer, t), active)
         if self.adapter is not None:
-            x = x + self.adapter(x - u, index)
+            x = x + self.adapter(x - u, index, context)
         return x if active is None else torch.where(active.unsqueeze(-1), x, h)
 
     def forward(

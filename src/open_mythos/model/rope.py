@@ -1,29 +1,71 @@
 """Rotary position embedding in the half-rotation layout of Llama (Su et al. 2021, arXiv 2104.09864).
 
-Main entries: `rotary_table`, `apply_rotary`.
+Main entries: `rotary_table` and `apply_rotary`; `RotationMatrices` for one position at a time.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from open_mythos.model.vectors import Array, as_array
+
+# Rows shorter than this are too short for the vector loops of a CPU: a product that broadcasts them takes three times
+# as long as one of whole tensors.
+_SHORT_ROW = 32
+
 
 class RotaryTable(NamedTuple):
-    """Cosines and signed sines of every position, each (seq, 1, dim), ready to broadcast over heads."""
+    """Cosines and signed sines of every position, each (seq, 1 or heads, dim)."""
 
     cos: Tensor
     signed_sin: Tensor
 
 
-def rotary_table(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> RotaryTable:
-    """Angles `position / theta^(2i/dim)`, computed in float32 whatever `dtype` they are returned in."""
-    exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
-    angles = positions.to(torch.float32).unsqueeze(-1) * theta**-exponent
+def rotary_table(
+    positions: Tensor, dim: int, theta: float, dtype: torch.dtype, heads: int | None = None
+) -> RotaryTable:
+    """Angles `position / theta^(2i/dim)`, computed in float32 whatever `dtype` they are returned in.
+
+    If all that is rotated has that many `heads`, short rows are laid out for every one of them.
+    """
+    angles = positions.to(torch.float32).unsqueeze(-1) * _frequencies(dim, theta, positions.device)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    return RotaryTable(torch.cat([cos, cos], -1).unsqueeze(-2), torch.cat([-sin, sin], -1).unsqueeze(-2))
+    table = RotaryTable(torch.cat([cos, cos], -1).unsqueeze(-2), torch.cat([-sin, sin], -1).unsqueeze(-2))
+    if heads is None or dim >= _SHORT_ROW:
+        return table
+    return RotaryTable(*(rows.expand(-1, heads, -1).contiguous() for rows in table))
+
+
+def _frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    return theta ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+
+
+@cache
+def rotation_matrices(dim: int, theta: float) -> RotationMatrices:
+    """Those of one dimension and base, made once."""
+    return RotationMatrices(dim, theta)
+
+
+class RotationMatrices:
+    """The rotation of one position at a time as a matrix (dim, dim), to multiply rows (..., dim) with."""
+
+    def __init__(self, dim: int, theta: float) -> None:
+        self._frequencies = as_array(_frequencies(dim, theta, torch.device("cpu")))
+        self._keep: Array = np.eye(dim, dtype=np.float32)
+        half = np.eye(dim // 2, dtype=np.float32)
+        self._swap: Array = np.kron(np.array([[0, 1], [-1, 0]], np.float32), half)
+
+    def at(self, position: int) -> Array:
+        """The matrix of one position."""
+        angles = np.tile(np.float32(position) * self._frequencies, 2)
+        matrix: Array = self._keep * np.cos(angles)
+        matrix += self._swap * np.sin(angles)
+        return matrix
 
 
 def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:

@@ -1,15 +1,18 @@
 """Which experts a token goes to, and how the choice is kept balanced.
 
-Main entries: `route`, `balance_step`. A bias decides the choice and never the weights (Wang et al. 2024, arXiv
-2408.15664).
+Main entries: `route`, `route_one`, `balance_step`. A bias decides the choice and never the weights (Wang et al. 2024,
+arXiv 2408.15664).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from open_mythos.model.vectors import Array
 
 
 class Routing(NamedTuple):
@@ -33,6 +36,15 @@ def route(logits: Tensor, bias: Tensor, top_k: int, score: str, scale: float) ->
         weights = chosen.sigmoid()
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return Routing(experts, weights * scale)
+
+
+def route_one(logits: Array, bias: Array, top_k: int, score: str, scale: float) -> list[tuple[int, float]]:
+    """What `route` finds for a single token's `logits` (experts,): its experts, each with its weight."""
+    experts = (logits + bias).argsort()[-top_k:]
+    chosen = logits[experts].astype(np.float64)
+    weights = np.exp(chosen - chosen.max()) if score == "softmax" else np.exp(-np.logaddexp(0, -chosen))
+    weights *= scale / (weights.sum() + 1e-20)
+    return list(zip(experts.tolist(), weights.tolist(), strict=True))
 
 
 def count_load(experts: Tensor, n_experts: int, counted: Tensor | None = None) -> Tensor:

@@ -1,0 +1,80 @@
+"""Keys and values of sequences whose final length is known: room for every position is set aside at the start.
+
+Main entry: `SequenceStore`. Adding a token copies its row and nothing else.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+from open_mythos.config import MythosConfig
+from open_mythos.model.cache import CacheAddress, Entries
+from open_mythos.model.vectors import Array, as_array
+
+
+class _Slot:
+    """Rows (batch, capacity, width) of one address, the first `filled` of them written."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows, self.filled = rows, 0
+
+    @cached_property
+    def array(self) -> Array:
+        """The rows of the only sequence."""
+        return as_array(self.rows)[0]
+
+
+class SequenceStore:
+    """A `KVStore` with room for `capacity` positions of every loop that any position has reached.
+
+    A position's entries lie side by side in one row, in the order of the config's `cache_widths`. A position that
+    halted before a loop has its last active loop's row there, so a row is read without asking who halted: this takes
+    more memory than the plain dict, which stores computed rows only.
+    """
+
+    def __init__(self, config: MythosConfig, batch: int, capacity: int, like: Tensor) -> None:
+        """`like` gives dtype and device."""
+        self._shapes = config.cache_widths
+        self._sizes = [prod(shape) for shape in self._shapes.values()]
+        self._batch, self._capacity, self._like = batch, capacity, like
+        self._slots: dict[CacheAddress, _Slot] = {}
+        self.length = 0
+
+    def extend(self, address: CacheAddress, new: Entries, active: Tensor | None) -> Entries:
+        slot = self._slot(address)
+        end = self.length + next(iter(new.values())).shape[1]
+        row = torch.cat([new[name].flatten(2) for name in self._shapes], -1)
+        if active is not None and address.loop > 0:
+            before = self._slots[address._replace(loop=address.loop - 1)].rows
+            row = torch.where(active.unsqueeze(-1), row, before[:, self.length : end])
+        slot.rows[:, self.length : end] = row
+        slot.filled = end
+        seen = slot.rows[:, :end].split(self._sizes, -1)
+        return {name: x.unflatten(-1, shape) for x, (name, shape) in zip(seen, self._shapes.items(), strict=True)}
+
+    def append(self, address: CacheAddress, row: Array) -> Array:
+        """`extend` by one position of one sequence on the CPU: its row (width,) to all rows (positions, width)."""
+        slot = self._slot(address)
+        slot.array[self.length] = row
+        slot.filled = self.length + 1
+        return slot.array[: slot.filled]
+
+    def commit(self, n_new: int) -> None:
+        """The pass has succeeded: its `n_new` positions now belong to the past."""
+        self.length += n_new
+
+    def _slot(self, address: CacheAddress) -> _Slot:
+        """The address's slot; positions that never reached this loop take the rows of the loop before."""
+        slot = self._slots.get(address)
+        if slot is None:
+            shape = (self._batch, self._capacity, sum(self._sizes))
+            slot = self._slots[address] = _Slot(self._like.new_empty(shape))
+        if slot.filled < self.length:
+            missed = slice(slot.filled, self.length)
+            slot.rows[:, missed] = self._slots[address._replace(loop=address.loop - 1)].rows[:, missed]
+            slot.filled = self.length
+        return slot

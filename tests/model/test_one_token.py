@@ -1,0 +1,159 @@
+"""Generating one sequence goes token by token through `OneTokenBlock`, and gives the logits of the full forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from open_mythos.model import mythos
+from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.one_token import OneTokenBlock
+from tiny import random_ids, tiny_config, tiny_model
+
+SEQ = 14
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"halting": "none"},
+    {"window": 3, "outer_window": 2},
+    {"window": 1},
+    {"recurrent_layers": 2, "window": 4},
+    {"prelude_layers": 0, "coda_layers": 0},
+    {"prelude_layers": 2, "coda_layers": 2, "n_experts": 0, "lora_rank": 0, "loop_embedding": False},
+    {"n_experts": 8, "n_experts_per_tok": 3, "router_score": "sigmoid", "routed_scale": 1.7},
+    {"n_experts": 8, "n_shared_experts": 0, "n_experts_per_tok": 1},
+    {"n_shared_experts": 2},
+    {"use_rope": False, "attention_sink": False, "qk_norm": False, "tie_embeddings": False},
+    {"n_kv_heads": 4, "state_init": "zeros"},
+]
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Makes `generate` take given tokens, in order, in place of samples; collects the logits it would sample from."""
+    seen: list[Tensor] = []
+
+    def take(logits: Tensor, ids: Any, *_: Any) -> Tensor:
+        seen.append(logits.clone())
+        return torch.as_tensor(ids)[:, len(seen) - 1 : len(seen)]
+
+    monkeypatch.setattr(mythos, "_sample", take)
+    monkeypatch.setattr(mythos, "check_sampling", lambda *_: None)
+    return seen
+
+
+@torch.no_grad()
+def assert_every_step_equals_the_full_forward(
+    model: OpenMythos, n_loops: int, forced: list[Tensor], prompt: int = 1, batch: int = 1
+) -> None:
+    ids = random_ids(model.config, batch, SEQ)
+    model.generate(ids[:, :prompt], SEQ - prompt, n_loops, temperature=ids[:, prompt:])  # type: ignore[arg-type]
+    expected = model(ids, n_loops)[:, prompt - 1 : -1]
+    torch.testing.assert_close(torch.stack(forced, 1), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_loops", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: ",".join(changes) or "tiny")
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+def test_every_step_equals_the_full_forward(
+    attn_type: str, changes: dict[str, Any], n_loops: int, forced: list[Tensor]
+) -> None:
+    model = tiny_model(tiny_config(attn_type, **changes))
+    assert_every_step_equals_the_full_forward(model, n_loops, forced)
+
+
+@pytest.mark.parametrize(("prompt", "batch"), [(5, 1), (13, 1), (1, 3), (4, 2)])
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+def test_prompts_and_batches_share_the_store(attn_type: str, prompt: int, batch: int, forced: list[Tensor]) -> None:
+    model = tiny_model(tiny_config(attn_type, window=4))
+    assert_every_step_equals_the_full_forward(model, 6, forced, prompt, batch)
+
+
+@torch.no_grad()
+def test_the_models_here_halt_at_different_loops() -> None:
+    """Otherwise the tests above would not see a position that takes rows of a loop it never ran."""
+    for attn_type in ("gqa", "mla"):
+        model = tiny_model(tiny_config(attn_type))
+        exit_loops = model(random_ids(model.config, 1, SEQ), 6, full_output=True).exit_loops
+        assert exit_loops.unique().numel() >= 3
+
+
+def _count_calls(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    calls: list[None] = []
+    original = OneTokenBlock.__call__
+
+    def counted(self: OneTokenBlock, *arguments: Any) -> Tensor:
+        calls.append(None)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(OneTokenBlock, "__call__", counted)
+    return calls
+
+
+def test_one_float32_sequence_on_a_cpu_takes_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prelude, coda and three loops for each of four tokens; the fifth pass is the prompt's."""
+    calls = _count_calls(monkeypatch)
+    model = tiny_model(tiny_config(halting="none"))
+    model.generate(random_ids(model.config, 1, 4), 5, n_loops=3)
+    assert len(calls) == 4 * (1 + 3 + 1)
+
+
+@pytest.mark.parametrize(("batch", "dtype"), [(2, torch.float32), (1, torch.bfloat16), (1, torch.float64)])
+def test_everything_else_takes_the_general_way(batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = _count_calls(monkeypatch)
+    model = tiny_model(tiny_config()).to(dtype)
+    assert model.generate(random_ids(model.config, batch, 4), 3, n_loops=3, temperature=0).shape == (batch, 7)
+    assert not calls
+
+
+class _Wrapped(torch.nn.Linear):
+    """A linear layer that does more than its weight says, as adapters and quantised layers do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 - super().forward(x)
+
+
+@torch.no_grad()
+def test_blocks_with_unknown_parts_compute_for_themselves(forced: list[Tensor]) -> None:
+    model = tiny_model(tiny_config())
+    block = model.recurrent.block
+    wrapped = _Wrapped(16, 16, bias=False)
+    wrapped.weight.copy_(block.attn.out.weight)
+    block.attn.out = wrapped
+    block.ffn.shared.register_forward_hook(lambda _module, _inputs, out: -out)
+    assert_every_step_equals_the_full_forward(model, 4, forced)
+
+
+def test_what_was_generated_can_be_trained_on() -> None:
+    """Tensors of inference mode may not be saved for a backward pass."""
+    model = tiny_model(tiny_config()).train()
+    ids = model.generate(random_ids(model.config, 1, 4), 3, n_loops=3)
+    model(ids, 3).sum().backward()
+    assert model.embed.weight.grad is not None
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_streamed_tokens_are_those_generated_and_nothing_is_switched_meanwhile(batch: int) -> None:
+    model = tiny_model(tiny_config()).train()
+    ids = random_ids(model.config, batch, 4)
+    streamed = []
+    for new in model.stream(ids, 5, n_loops=3, temperature=0):
+        assert model.training
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        assert not new.is_inference()
+        streamed.append(new)
+    assert torch.equal(torch.cat([ids, *streamed], 1), model.generate(ids, 5, n_loops=3, temperature=0))
+
+
+def test_weights_changed_between_two_calls_are_seen() -> None:
+    model = tiny_model(tiny_config())
+    ids = random_ids(model.config, 1, 4)
+    model.generate(ids, 2, n_loops=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-0.7)
+    expected = model(model.generate(ids, 6, n_loops=2, temperature=0), 2)[:, 3:-1].argmax(-1)
+    assert torch.equal(model.generate(ids, 6, n_loops=2, temperature=0)[:, 4:], expected)
