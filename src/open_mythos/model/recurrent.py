@@ -147,7 +147,7 @@ class RecurrentBlock(nn.Module):
         self.injection.prepare(e, context)  # here: what it keeps for all loops must not belong to the graph of one
         store = context.store
         assert isinstance(store, PassStore), "nobody learns through a cache"
-        before = store.state()
+        before = {} if active is None else store.state()  # needed only where some have halted
 
         def again(h: Tensor, e: Tensor) -> Tensor:
             store.restore(before)
