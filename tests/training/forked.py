@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ def on_ranks(world: int, folder: Path, job: Callable[..., Any], *args: Any) -> l
     """
     paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    _SERVER.set_forkserver_preload(["open_mythos.cli.train", "training.runs"])
+    _SERVER.set_forkserver_preload([job.__module__, "open_mythos.cli.train"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -48,8 +49,9 @@ def on_ranks(world: int, folder: Path, job: Callable[..., Any], *args: Any) -> l
     ]
     for process in ranks:
         process.start()
+    deadline = time.monotonic() + _LIMIT
     for process in ranks:
-        process.join(_LIMIT)
+        process.join(max(0, deadline - time.monotonic()))
     late = [process for process in ranks if process.is_alive()]
     for process in late:
         process.kill()

@@ -5,11 +5,13 @@ Main entry: `parallelize`. Order: compile the looped layers, then shard or repli
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Literal
 
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,12 +34,15 @@ def parallelize(objective: Objective, ranks: Ranks, parallel: Parallel, *, compi
     if ranks.world == 1:
         return objective
     if parallel == "ddp":
-        # A pass of one loop leaves the halting head without a gradient, hence the search for unused parameters.
-        return DistributedDataParallel(objective, broadcast_buffers=False, find_unused_parameters=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # a new name, which PyTorch 2.11 does not know, for the flag
+            return DistributedDataParallel(objective, broadcast_buffers=False)
+    # Said, because PyTorch would take a GPU that is there for the one that is meant.
+    mesh = init_device_mesh(model.embed.weight.device.type, (ranks.world,))
     for block in (*model.prelude, *model.coda):
-        fully_shard(block)
-    fully_shard(model.recurrent, reshard_after_forward=False)
-    fully_shard(objective, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model.recurrent, mesh=mesh, reshard_after_forward=False)
+    fully_shard(objective, mesh=mesh, reshard_after_forward=False)
     return objective
 
 

@@ -1,6 +1,7 @@
 """The processes of one run: which one this is, and what they tell each other.
 
-Main entries: `Ranks`, `joined`. Without `torchrun` there is one rank, and nothing is sent.
+Main entries: `Ranks`, `joined`. Without `torchrun` there is one rank, and nothing is sent. Over gloo, a rank that waits
+for one that has failed learns of it; over NCCL it waits until the launcher ends it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
+
+
+class FailedElsewhere(SystemExit):
+    """Another rank has failed, and says why; left uncaught, this process ends without a word.
+
+    With exit code 0, so that the launcher takes neither this rank for the culprit nor its end for a reason to end the
+    one that is about to speak.
+    """
 
 
 @dataclass(frozen=True)
@@ -24,8 +35,6 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    local: int = 0
-    """The rank on this machine: the number of its accelerator."""
 
     @property
     def is_main(self) -> bool:
@@ -38,9 +47,14 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def share(self, count: int) -> slice:
-        """The part of `count` things that is this rank's; `count` must be a multiple of the number of ranks."""
-        each = count // self.world
+    def share(self, batch_size: int) -> slice:
+        """The sequences of a batch that are this rank's; `ValueError` where ranks would have unequal shares."""
+        if batch_size % self.world:
+            raise ValueError(
+                f"batch_size is {batch_size}; it must be a multiple of the number of ranks ({self.world}), which share "
+                "it equally"
+            )
+        each = batch_size // self.world
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def wait(self) -> None:
@@ -58,14 +72,29 @@ class Ranks:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """The ranks that `torchrun` started, able to talk while the context lasts; otherwise a single one."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    """The ranks that `torchrun` started, able to talk while the context lasts; otherwise a single one.
+
+    Of an error that ends several ranks, or ends one and then those that wait for it, the first rank's is raised there;
+    the others raise `FailedElsewhere`.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
+    store, rank, world = next(rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
-        yield Ranks(dist.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0")))
+        yield Ranks(rank, world)
+    except BaseException as error:
+        if _is_first_to_fail(store):
+            raise
+        raise FailedElsewhere(0) from error
     finally:
         dist.destroy_process_group()
+
+
+def _is_first_to_fail(store: Store) -> bool:
+    try:
+        return store.add("open_mythos/failed", 1) == 1
+    except RuntimeError:  # the process that keeps the store has gone, so it failed before
+        return False
