@@ -107,6 +107,15 @@ def test_a_data_file_that_has_vanished_does_not_stop_a_run(text_run: Path, tmp_p
     assert main(["sweep", str(folder), "--loops", "1"]) == 0
 
 
+def test_a_folder_can_be_used_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("book.txt").write_text("A relative path means a file here. " * 60)
+    assert main(["train", "text", "--data", "book.txt", "--out", "run", *SMALL_TEXT]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "here/run", "--loops", "1"]) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

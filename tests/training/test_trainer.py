@@ -133,7 +133,7 @@ def test_the_figures_of_a_step() -> None:
         assert record.mean_loops == record.mean_exit_loops == 2
         assert 0 <= record.accuracy <= 1
         assert record.bits_per_byte is None
-        assert record.tokens_per_second > 0
+        assert 0 < record.tokens_per_second < 100_000  # the last one too, which is read right after the one before
         assert 0 < record.flop_utilisation < 1
         assert 0 < record.a_low <= record.a_mean + 1e-6 <= record.a_high + 2e-6 < 1
         assert record.state_norm > 0

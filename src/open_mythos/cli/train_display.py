@@ -45,7 +45,7 @@ class Display:
         if self._live is not None:
             self._live.update(Group(self._progress, *_figures(record)))
         elif record.step % self._every == 0 or record.step + 1 == self._steps:
-            self._console.print(_line(record), highlight=False)
+            self._console.print(_line(record), highlight=False, soft_wrap=True)
 
     def on_sweep(self, step: int, rows: Rows) -> None:
         """Print a depth sweep."""

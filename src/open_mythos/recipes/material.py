@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from open_mythos.analysis.depth_sweep import SweepRow, depth_sweep
 from open_mythos.data.batch import Batch, BatchSource
+from open_mythos.data.documents import resolve_spec
+from open_mythos.data.hub import HUB_PREFIX
 from open_mythos.data.seeding import generator
 from open_mythos.data.tasks import TASKS, TaskBatches
 from open_mythos.data.text import open_text
 from open_mythos.data.tokenizer import TextTokenizer
+from open_mythos.data.tokenizer_spec import resolve_tokenizer
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.recipes.run_config import RunConfig, TaskRun, TextRun
 
@@ -45,6 +48,14 @@ class Material:
 def open_material(run: RunConfig, cache: Path, on_progress: Callable[[int], None] | None = None) -> Material:
     """The material of a run; text is tokenised into the folder `cache` unless it is there already."""
     return _task(run) if isinstance(run, TaskRun) else _text(run, cache, on_progress)
+
+
+def located(run: RunConfig) -> RunConfig:
+    """The run with its paths made absolute, so that its folder can be used from everywhere."""
+    if isinstance(run, TaskRun):
+        return run
+    data = run.data if run.data.startswith(HUB_PREFIX) else resolve_spec(run.data)
+    return replace(run, data=data, tokenizer=resolve_tokenizer(run.tokenizer))
 
 
 def sweep_rows(run: RunConfig, *, final: bool) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.recipes.folder import RunFolder, locked
-from open_mythos.recipes.material import Material, open_material, sweep_loops, sweep_rows
+from open_mythos.recipes.material import Material, located, open_material, sweep_loops, sweep_rows
 from open_mythos.recipes.run_config import RunConfig
 from open_mythos.training.checkpoint import Checkpoints, whole_weights
 from open_mythos.training.optim import build_optimizers
@@ -46,7 +46,7 @@ def train(
     called with the number of documents tokenised. Raises `ValueError` where the run, the data or the folder do not
     allow it, before anything is changed.
     """
-    folder = RunFolder(out)
+    run, folder = located(run), RunFolder(out)
     with joined(device) as ranks, ExitStack() as stack:
         ranks.share(run.batch_size)
         if ranks.is_main:

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 
-class LoopPlan(NamedTuple):
-    """One batch's depths: loops per sequence, (batch,) int32, and how many of the last ones have gradients."""
+@dataclass(frozen=True)
+class LoopPlan:
+    """One batch's depths: loops per sequence, (batch,) int32, and how many of the last ones have gradients.
+
+    No tuple: FSDP moves the tensors of tuples to the accelerator, and loops are counted on the CPU.
+    """
 
     n_loops: Tensor
     grad_loops: int | None = None

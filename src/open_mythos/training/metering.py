@@ -34,6 +34,8 @@ class StepSums(NamedTuple):
     positions: int
     plan: LoopPlan
     learning_rate: float
+    seconds: float
+    """Since the step before ended."""
     skipped: bool
 
     def finite(self) -> bool:
@@ -52,7 +54,7 @@ class StepSums(NamedTuple):
 
 
 class Meter:
-    """Turns sums into records; measures the time between them."""
+    """Turns sums into records, and measures the time that steps take."""
 
     def __init__(self, config: MythosConfig, peak_flops: float | None, bytes_per_token: float | None) -> None:
         """`peak_flops` is of all devices together, None where it is not known."""
@@ -63,11 +65,15 @@ class Meter:
         """Begin to measure time now."""
         self._since = time.perf_counter()
 
-    def read(self, sums: StepSums) -> StepRecord:
-        """The record of a step that took all the time since the one before."""
-        loss, _, ponder, right, exits, state_norm, grad_norm = sums.figures.tolist()
+    def lap(self) -> float:
+        """Seconds since the last lap or restart."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
+        return seconds
+
+    def read(self, sums: StepSums) -> StepRecord:
+        """The record of a step."""
+        loss, _, ponder, right, exits, state_norm, grad_norm = sums.figures.tolist()
         mean_loss = loss / sums.counted
         return StepRecord(
             step=sums.step,
@@ -76,8 +82,8 @@ class Meter:
             accuracy=right / sums.counted,
             grad_norm=grad_norm,
             learning_rate=sums.learning_rate,
-            tokens_per_second=sums.positions / seconds,
-            flop_utilisation=None if self._peak is None else self._flops(sums) / seconds / self._peak,
+            tokens_per_second=sums.positions / sums.seconds,
+            flop_utilisation=None if self._peak is None else self._flops(sums) / sums.seconds / self._peak,
             mean_loops=float(sums.plan.n_loops.float().mean()),
             mean_exit_loops=exits / sums.positions,
             ponder_cost=ponder / sums.positions,

@@ -1,6 +1,7 @@
 """The training loop: draw a batch and its depths, differentiate, step, record; resume where a run ended.
 
-Main entry: `Trainer`. On several ranks each takes its share of every batch; the losses do not depend on their number.
+Main entry: `Trainer`. On several ranks each takes its share of every batch; the losses do not depend on their number,
+except through dropout and noise, which each rank draws for itself.
 """
 
 from __future__ import annotations
@@ -164,14 +165,13 @@ class Trainer:
         figures = torch.cat([self.ranks.sum(scalars(total)), norm.detach().reshape(1)])
         load = self.ranks.sum(total.load)
         rate = config.optim.learning_rate * config.schedule.factor(step, config.steps)
-        sums = StepSums(step, figures, load, total.a, counted, batch.ids.numel(), plan, rate, skipped=False)
-        if config.non_finite == "skip" and not sums.finite():
-            sums = sums._replace(skipped=True)
-        else:
+        skipped = config.non_finite == "skip" and not bool(figures.isfinite().all())
+        if not skipped:
             self._update(rate, load)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return sums
+        positions, seconds = batch.ids.numel(), self._meter.lap()
+        return StepSums(step, figures, load, total.a, counted, positions, plan, rate, seconds, skipped)
 
     def _accumulate(self, ids: Tensor, targets: Tensor, plan: LoopPlan, counted: int) -> Contribution:
         """Gradients of this rank's share of the batch, in micro-batches; returns their sums."""
@@ -215,7 +215,11 @@ class Trainer:
             observer.on_step(record)
 
     def _stop(self, sums: StepSums) -> None:
-        saved = [] if self._checkpoints is None else self._checkpoints.steps()
+        saved: list[int] = []
+        if self._checkpoints is not None:
+            self._checkpoints.finish()  # one that is being written is good, and would be lost
+            self.ranks.wait()
+            saved = self._checkpoints.steps()
         kept = f"the last good checkpoint is of step {saved[-1]}" if saved else "no checkpoint has been written yet"
         raise NonFiniteLossError(
             f"the loss is {sums.loss} and the norm of the gradients {sums.grad_norm} at step {sums.step} "
