@@ -148,6 +148,14 @@ def test_sweeps_refuse_wrong_numbers(text_run: Path, flag: str, value: str, caps
     assert flag.removeprefix("--") in capsys.readouterr().err
 
 
+def test_text_may_be_longer_than_the_context(text_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", str(text_run / "run"), "--prompt", "It was", "--max-new-tokens", "150", "--loops", "1"]
+    assert main([*words, "--temperature", "0"]) == 0
+    assert len(capsys.readouterr().out) > 64  # an untrained model may end the text, or give bytes that are no text
+    assert main([*words[:4], "--max-new-tokens", "0"]) == 2
+    assert "max_new_tokens is 0" in capsys.readouterr().err
+
+
 def test_generation_refuses_wrong_loops(text_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(text_run / "run"), "--loops", "0"]) == 2
     assert "loops is '0'" in capsys.readouterr().err

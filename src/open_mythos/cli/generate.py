@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +23,9 @@ class Arguments:
     loops: Annotated[
         str, tyro.conf.arg(help='How many loops; "auto" for the model\'s own, with halting where it has learned it.')
     ] = "auto"
-    max_new_tokens: Annotated[int, tyro.conf.arg(help="How much text, at most.")] = 200
+    max_new_tokens: Annotated[
+        int, tyro.conf.arg(help="How much text, at most; longer than the context if you like.")
+    ] = 200
     temperature: Annotated[float, tyro.conf.arg(help="0 takes the most likely token.")] = 0.8
     top_k: Annotated[int | None, tyro.conf.arg(help="Choose among that many only.")] = None
     seed: Annotated[int, tyro.conf.arg(help="Equal seeds give equal text.")] = 0
@@ -31,24 +34,32 @@ class Arguments:
 def run(arguments: Arguments) -> None:
     """Print the prompt and what follows."""
     n_loops = _loops(arguments.loops)
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {arguments.max_new_tokens}; it must be at least 1")
     model = OpenMythos.from_pretrained(arguments.model)
     tokenizer = TextTokenizer.load(arguments.model)
-    ids = torch.tensor([tokenizer.encode(arguments.prompt)], dtype=torch.int64)
-    generator = torch.Generator().manual_seed(arguments.seed)
     stream = tokenizer.stream()
     print(arguments.prompt, end="", flush=True)
-    for token in model.stream(
-        ids,
-        arguments.max_new_tokens,
-        n_loops,
-        arguments.temperature,
-        arguments.top_k,
-        generator=generator,
-    ):
-        if int(token) == tokenizer.end_of_text:
+    for token in _tokens(model, tokenizer.encode(arguments.prompt), n_loops, arguments):
+        if token == tokenizer.end_of_text:
             break
-        print(stream.push(int(token)), end="", flush=True)
+        print(stream.push(token), end="", flush=True)
     print(stream.finish(), flush=True)
+
+
+def _tokens(model: OpenMythos, prompt: list[int], n_loops: int | None, arguments: Arguments) -> Iterator[int]:
+    """New tokens; where the context is full, the model goes on from its second half."""
+    generator = torch.Generator().manual_seed(arguments.seed)
+    context, left = prompt, arguments.max_new_tokens
+    while left:
+        ids = torch.tensor([context], dtype=torch.int64).reshape(1, -1)
+        room = min(left, max(1, model.config.max_seq_len - len(context)), model.config.max_output_tokens)
+        for new in model.stream(ids, room, n_loops, arguments.temperature, arguments.top_k, generator=generator):
+            context = [*context, int(new)]
+            yield context[-1]
+        left -= room
+        if len(context) >= model.config.max_seq_len:
+            context = context[-(model.config.max_seq_len // 2) :]
 
 
 def _loops(text: str) -> int | None:
