@@ -102,8 +102,8 @@ def test_difficulty_is_what_the_data_says() -> None:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10_000), most=st.integers(1, 12))
 def test_progressive_never_exceeds_its_most_and_always_learns(seed: int, most: int) -> None:
-    loops, grad_loops = _draw(Progressive(most=most), batch=2, seed=seed)
-    assert 1 <= grad_loops <= int(loops[0]) <= most
+    drawn = _draw(Progressive(most=most), batch=2, seed=seed)
+    assert 1 <= drawn.grad_loops <= int(drawn.n_loops[0]) <= most
     full = _draw(Progressive(most=most, share=0.0), batch=2, seed=seed)
     assert (int(full.n_loops[0]), full.grad_loops) == (most, most)
 

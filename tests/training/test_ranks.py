@@ -9,12 +9,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_mythos import OpenMythos
@@ -269,3 +271,42 @@ def test_a_rank_that_fails_ends_those_that_wait_for_it(tmp_path: Path, rank: int
     assert [one.exit_code for one in ended] == [int(one == rank) for one in range(2)]
     assert ended[rank].stderr.endswith("MemoryError: not enough\n")
     assert ended[1 - rank].stderr == ""
+
+
+class _Endless:
+    """Parity, on which the loss is no number from step HALF on."""
+
+    def __init__(self, model: OpenMythos) -> None:
+        self._model, self._source = model, small_source()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def batch(self, step: int) -> Batch:
+        if step == HALF:
+            self._model.norm.register_forward_hook(lambda module, args, out: out * float("nan"))
+        return self._source.batch(step)
+
+
+def _stop_while_saving(folder: Path) -> None:
+    write = FileSystemWriter.write_data
+
+    def slow(*args: Any) -> Any:
+        time.sleep(1)
+        return write(*args)
+
+    FileSystemWriter.write_data = slow  # type: ignore[method-assign]
+    with joined(torch.device("cpu")) as ranks:
+        model, config = small_model(), TrainerConfig(steps=2 * HALF, checkpoint_every=HALF)
+        Trainer(model, _Endless(model), Fixed(loops=2), config, ranks=ranks, checkpoints=folder).run()
+
+
+def test_a_loss_that_is_not_finite_is_told_once_and_loses_no_checkpoint(tmp_path: Path) -> None:
+    """It ended the processes' connections while a checkpoint was still being written, which then never was."""
+    ended = on_ranks(2, tmp_path / "ranks", _stop_while_saving, tmp_path / "checkpoints")
+    assert sorted(one.exit_code for one in ended) == [0, 1]
+    told = "".join(one.stderr for one in ended)
+    assert told.count("NonFiniteLossError: ") == 1
+    assert f"at step {HALF} " in told
+    assert f"the last good checkpoint is of step {HALF}" in told
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{HALF:06d}"]
