@@ -61,7 +61,10 @@ class _Uneven:
 
 @dataclass(frozen=True)
 class _Uneasy:
-    """One loop for all sequences of the first of two ranks, which then never asks its halting head; more for others."""
+    """One loop for all sequences of the first of two ranks, whose halting head then decides nothing; more for others.
+
+    Ranks add up the gradients that there are, so all of them must have one for the same parameters.
+    """
 
     name: ClassVar[str] = "uneasy"
     typical: ClassVar[float] = 2.0
@@ -83,7 +86,7 @@ class Case:
         """Losses, and the router biases at the end."""
         depth: DepthPlan = _Uneasy() if self.uneven else Uniform(least=1, most=4, grad_loops=2)
         trainer = Trainer(
-            small_model(),
+            small_model(lora_rank=2, loop_embedding=True),
             _Uneven() if self.uneven else small_source(),
             depth,
             TrainerConfig(steps=self.steps, checkpoint_every=HALF, **self.training),

@@ -53,21 +53,13 @@ class Objective(nn.Module):
         return Contribution(
             loss=sums.loss,
             z=sums.z,
-            ponder=result.ponder_cost * ids.numel() + _nothing(model.recurrent.act),
+            ponder=result.ponder_cost * ids.numel(),
             right=sums.right,
             exit_loops=result.exit_loops.sum().float(),
             state_norm=result.state.detach().float().square().mean(-1).sqrt().sum(),
             load=_float(context.stacked_load(), int(plan.n_loops.max()), ids.device),
             a=model.recurrent.injection.get_A().detach().float(),
         )
-
-
-def _nothing(halting: nn.Module | None) -> Tensor | int:
-    """Zero, with a gradient of zero for the halting head.
-
-    A pass of one loop does not ask it. Ranks add up the gradients that there are, so all must have the same ones.
-    """
-    return 0 if halting is None else sum((0 * parameter.sum() for parameter in halting.parameters()), start=0)
 
 
 def _float(load: Tensor | None, n_loops: int, device: torch.device) -> Tensor:
