@@ -1,31 +1,36 @@
-"""The answers of tasks are right."""
+"""The answers of running sums, parity among them, are right."""
 
 import pytest
 import torch
 
 from open_mythos.data.parity import Parity
+from open_mythos.data.sums import RunningSums
 
 
-def naive_parities(bits: list[int]) -> list[int]:
-    """After every bit, whether the number of ones so far is odd, counted one by one."""
-    found, ones = [], 0
-    for bit in bits:
-        if bit == 1:
-            ones += 1
-        found.append(1 if ones % 2 == 1 else 0)
+def naive_sums(digits: list[int], modulus: int) -> list[int]:
+    """After every digit the sum so far, taken down by the modulus whenever it gets there, one by one."""
+    found, total = [], 0
+    for digit in digits:
+        for _ in range(digit):
+            total += 1
+            if total == modulus:
+                total = 0
+        found.append(total)
     return found
 
 
+@pytest.mark.parametrize("task", [Parity(), RunningSums(), RunningSums(modulus=7)])
 @pytest.mark.parametrize("length", [1, 2, 7, 96])
-def test_the_answers_are_those_of_a_naive_count(length: int) -> None:
-    ids, targets, _ = Parity().batch(32, length, torch.Generator().manual_seed(0))
+def test_the_answers_are_those_of_a_naive_count(task: RunningSums, length: int) -> None:
+    ids, targets, _ = task.batch(32, length, torch.Generator().manual_seed(0))
     assert ids.shape == targets.shape == (32, length)
     for string, answers in zip(ids.tolist(), targets.tolist(), strict=True):
-        assert [answer - 1 for answer in answers] == naive_parities([token - 1 for token in string])
+        assert [answer - 1 for answer in answers] == naive_sums([token - 1 for token in string], task.modulus)
 
 
-def test_a_string_by_hand() -> None:
-    assert naive_parities([0, 1, 1, 1, 0]) == [0, 1, 0, 1, 1]
+def test_strings_by_hand() -> None:
+    assert naive_sums([0, 1, 1, 1, 0], 2) == [0, 1, 0, 1, 1]
+    assert naive_sums([2, 2, 0, 1, 1], 3) == [2, 1, 1, 2, 0]
 
 
 def test_ids_and_answers_are_tokens_of_the_vocabulary_and_both_are_frequent() -> None:
@@ -36,7 +41,7 @@ def test_ids_and_answers_are_tokens_of_the_vocabulary_and_both_are_frequent() ->
         counts = tokens.flatten().bincount(minlength=task.vocab_size)
         assert counts[0] == 0
         assert counts[1:].min() > 2900
-        assert len(counts) == task.vocab_size
+        assert len(counts) == task.vocab_size == 3
 
 
 def test_a_generator_makes_strings_repeatable_and_leaves_the_global_state_alone() -> None:
@@ -49,4 +54,4 @@ def test_a_generator_makes_strings_repeatable_and_leaves_the_global_state_alone(
 
 def test_loops_grow_with_the_length() -> None:
     assert [Parity().loops(length) for length in (1, 4, 5, 8, 16, 17)] == [1, 1, 2, 2, 4, 5]
-    assert Parity(bits_per_loop=1).loops(7) == 7
+    assert Parity(digits_per_loop=1).loops(7) == 7

@@ -1,14 +1,21 @@
-"""Batches of problems: a function of seed and step, growing as they are told to."""
+"""Batches of problems: a function of seed and step, growing as they are told to; every task is trained and measured."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from open_mythos import MythosConfig
 from open_mythos.data.parity import Parity
 from open_mythos.data.tasks import TASKS, TaskBatches
+from open_mythos.recipes.material import open_material
+from open_mythos.recipes.run_config import TaskRun
+from open_mythos.recipes.train import build_model
+from open_mythos.training.depth import Difficulty
+from open_mythos.training.trainer import Trainer, TrainerConfig
 
 
 def _batches(**changes: Any) -> TaskBatches:
@@ -42,12 +49,21 @@ def test_without_growth_all_lengths_come_from_the_start() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
-def test_every_task_says_how_hard_its_problems_are(name: str) -> None:
-    task = TASKS[name]()
-    batch = task.batch(3, 9, torch.Generator().manual_seed(0))
-    assert batch.difficulty.tolist() == [task.loops(9)] * 3
-    assert int(batch.ids.max()) < task.vocab_size
-    assert int(batch.targets.max()) < task.vocab_size
+def test_every_task_trains_and_is_measured_by_its_own_length(name: str) -> None:
+    config = MythosConfig(dim=16, n_heads=2, n_kv_heads=1, window=3, outer_window=3, max_seq_len=128)
+    run = TaskRun(task=name, longest=5, model=config, training=TrainerConfig(steps=2), batch_size=3, depth=Difficulty())
+    material = open_material(run, Path("unused"))
+    model = build_model(run, material, torch.device("cpu"))
+    Trainer(model, material.source, run.depth, run.training).run()
+    rows = material.sweep(model, (1, 3), 4, (9, 2))
+    assert [(row["length"], row["n_loops"]) for row in rows] == [(2, 1), (2, 3), (9, 1), (9, 3)]
+    assert all(row["loss"] is not None for row in rows)
+    assert [row["length"] for row in material.sweep(model, (1,), 4)] == [5, 10]
+
+
+def test_a_problem_that_does_not_fit_is_refused_with_the_room_it_takes() -> None:
+    with pytest.raises(ValueError, match=r"longest is 64 and takes 129 positions; it must be at most .*\(128\)"):
+        TaskRun(task="addition", longest=64, model=MythosConfig(max_seq_len=128))
 
 
 def test_the_position_names_the_length() -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from open_mythos.cli.train_display import sweep_table
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.recipes.folder import RunFolder
-from open_mythos.recipes.material import open_material, sweep_loops, sweep_rows
+from open_mythos.recipes.material import open_material, positions, sweep_loops, sweep_rows
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,11 @@ def run(arguments: Arguments) -> None:
     loops, lengths = numbers("loops", arguments.loops), numbers("lengths", arguments.lengths)
     described = folder.read()
     model = OpenMythos.from_pretrained(arguments.model)
-    too_long = [length for length in lengths or [] if length > model.config.max_seq_len]
-    if too_long:
-        raise ValueError(f"lengths has {too_long[0]}; it must be at most max_seq_len ({model.config.max_seq_len})")
+    for length in lengths or []:
+        if positions(described, length) > model.config.max_seq_len:
+            takes = f"{positions(described, length)} positions"
+            limit = f"max_seq_len ({model.config.max_seq_len})"
+            raise ValueError(f"lengths has {length}, which takes {takes}; it must be at most {limit}")
     if arguments.rows is not None and arguments.rows < 1:
         raise ValueError(f"rows is {arguments.rows}; it must be at least 1")
     with console.status("measuring"):

@@ -6,17 +6,24 @@ Main entries: `Task`, `TASKS`, `TaskBatches`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
+from open_mythos.data.addition import Addition
 from open_mythos.data.batch import Batch
+from open_mythos.data.dyck import Dyck
+from open_mythos.data.p_hop import PHop
 from open_mythos.data.parity import Parity
+from open_mythos.data.reverse import Reverse
 from open_mythos.data.seeding import generator
+from open_mythos.data.sums import RunningSums
+from open_mythos.data.walk import Walk
 
 
 class Task(Protocol):
-    """Random problems of a given length with their exact answers."""
+    """Random problems of a given length with their exact answers; what length counts is the task's affair."""
 
     @property
     def vocab_size(self) -> int:
@@ -31,9 +38,21 @@ class Task(Protocol):
         """How many loops a problem of that length should get."""
         ...
 
+    def positions(self, length: int) -> int:
+        """How many tokens a problem of that length has."""
+        ...
 
-TASKS: dict[str, type[Task]] = {"parity": Parity}
-"""Every task by its name; add your own class, and `mythos train` knows it."""
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "parity": Parity,
+    "sums": RunningSums,
+    "addition": Addition,
+    "dyck": Dyck,
+    "reverse": Reverse,
+    "p_hop": PHop,
+    "walk": Walk,
+}
+"""Every task by its name: what makes it. Add your own, and runs know it."""
 
 
 class TaskBatches:

@@ -32,8 +32,8 @@ class Material:
     """Training batches, held-out batches by length, and the words for both."""
 
     source: BatchSource
-    held_out: Callable[[Sequence[int] | None, int], Iterable[Batch]]
-    """Held-out batches of these lengths, by default the run's own, about so many rows of each."""
+    held_out: Callable[[Sequence[int] | None, int], Iterable[tuple[int, Iterable[Batch]]]]
+    """Held-out batches by length, of the run's own lengths unless some are given, about so many rows of each."""
     tokenizer: TextTokenizer | None
     is_text: bool
     notes: list[str]
@@ -41,8 +41,12 @@ class Material:
     def sweep(
         self, model: OpenMythos, loops: Sequence[int], rows: int, lengths: Sequence[int] | None = None
     ) -> list[SweepRow]:
-        """Quality on held-out data at each of `loops`."""
-        return depth_sweep(model, self.held_out(lengths, rows), loops, exact_match=not self.is_text)
+        """Quality on held-out data at each of `loops`; a row's length is what the data counts, not always tokens."""
+        return [
+            {**row, "length": length}
+            for length, batches in self.held_out(lengths, rows)
+            for row in depth_sweep(model, batches, loops, exact_match=not self.is_text)
+        ]
 
 
 def open_material(run: RunConfig, cache: Path, on_progress: Callable[[int], None] | None = None) -> Material:
@@ -62,6 +66,11 @@ def sweep_rows(run: RunConfig, *, final: bool) -> int:
     """How many held-out rows of each length a sweep measures."""
     rows = run.sweep_problems if isinstance(run, TaskRun) else run.sweep_rows
     return rows * _FINAL_FACTOR if final else rows
+
+
+def positions(run: RunConfig, length: int) -> int:
+    """How many tokens held-out data of that length has per row."""
+    return TASKS[run.task]().positions(length) if isinstance(run, TaskRun) else length
 
 
 def sweep_loops(run: RunConfig) -> tuple[int, ...]:
@@ -86,9 +95,9 @@ def _task(run: TaskRun) -> Material:
         seed=seed,
     )
 
-    def held_out(lengths: Sequence[int] | None, rows: int) -> Iterable[Batch]:
-        for length in lengths or run.sweep_lengths or (run.longest, 2 * run.longest):
-            yield task.batch(rows, length, generator(seed, length, "held-out problems"))
+    def held_out(lengths: Sequence[int] | None, rows: int) -> Iterable[tuple[int, Iterable[Batch]]]:
+        for length in sorted(set(lengths or run.sweep_lengths or (run.longest, 2 * run.longest))):
+            yield length, [task.batch(rows, length, generator(seed, length, "held-out problems"))]
 
     note = f"{run.task}: problems of length {run.shortest} to {run.longest}, made as they are needed"
     return Material(source, held_out, None, is_text=False, notes=[note])
@@ -109,9 +118,9 @@ def _text(run: TextRun, cache: Path, on_progress: Callable[[int], None] | None) 
 
     text = opened(run.seq_len)
 
-    def held_out(lengths: Sequence[int] | None, rows: int) -> Iterable[Batch]:
-        for length in lengths or (run.seq_len,):
-            yield from opened(length).held_out.in_order(rows)
+    def held_out(lengths: Sequence[int] | None, rows: int) -> Iterable[tuple[int, Iterable[Batch]]]:
+        for length in sorted(set(lengths or (run.seq_len,))):
+            yield length, opened(length).held_out.in_order(rows)
 
     summary = text.summary
     notes = [f"{summary.data}, tokenizer {summary.tokenizer}, vocabulary {summary.vocab_size}"]

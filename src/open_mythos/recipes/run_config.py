@@ -48,7 +48,7 @@ class TextRun(_Run):
     depth: DepthPlan = field(default_factory=lambda: LogNormalPoisson(mean=6, grad_loops=4))
 
     def __post_init__(self) -> None:
-        _check_length(self, "seq_len")
+        _check_length(self, "seq_len", self.seq_len)
         _check_counts(self, "batch_size", "seq_len", "sweep_rows")
 
 
@@ -71,8 +71,8 @@ class TaskRun(_Run):
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task is {self.task!r}; it must be one of {', '.join(TASKS)}")
-        _check_length(self, "longest")
-        _check_counts(self, "batch_size", "sweep_problems")
+        _check_counts(self, "batch_size", "longest", "sweep_problems")
+        _check_length(self, "longest", TASKS[self.task]().positions(self.longest))
 
 
 RunConfig = TextRun | TaskRun
@@ -112,10 +112,11 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _check_length(run: _Run, name: str) -> None:
-    if getattr(run, name) > run.model.max_seq_len:
+def _check_length(run: _Run, name: str, positions: int) -> None:
+    if positions > run.model.max_seq_len:
+        takes = "" if positions == getattr(run, name) else f" and takes {positions} positions"
         limit = f"model.max_seq_len ({run.model.max_seq_len})"
-        raise ValueError(f"{name} is {getattr(run, name)}; it must be at most {limit}")
+        raise ValueError(f"{name} is {getattr(run, name)}{takes}; it must be at most {limit}")
 
 
 def _check_counts(run: _Run, *names: str) -> None:

@@ -1,0 +1,160 @@
+"""The answers of every task are those of a naive reading of its prompt, and follow from what precedes the question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+
+from open_mythos.data.addition import Addition
+from open_mythos.data.batch import IGNORED
+from open_mythos.data.dyck import Dyck
+from open_mythos.data.p_hop import PHop
+from open_mythos.data.parity import Parity
+from open_mythos.data.reverse import Reverse
+from open_mythos.data.sums import RunningSums
+from open_mythos.data.tasks import TASKS, Task
+from open_mythos.data.walk import Walk
+
+Answer = Callable[[Sequence[int]], int | None]
+"""What the last of some tokens asks for, from these tokens alone; None where it asks nothing."""
+
+
+def sum_so_far(modulus: int) -> Answer:
+    """The digits are one less than the tokens."""
+    return lambda tokens: 1 + sum(token - 1 for token in tokens) % modulus
+
+
+def digit_of_sum(tokens: Sequence[int]) -> int | None:
+    """Python adds the numbers as far as they are known."""
+    at_end = tokens[-1] == 3
+    if not at_end and len(tokens) % 2:
+        return None
+    digits = [token - 1 for token in tokens if token != 3]
+    a, b = (sum(digit << place for place, digit in enumerate(digits[start::2])) for start in (0, 1))
+    place = len(digits) // 2 - (0 if at_end else 1)
+    return 1 + ((a + b) >> place & 1)
+
+
+def validity(tokens: Sequence[int]) -> int:
+    """Pairs "()" are taken out until there are none."""
+    left = "".join(" ()"[token] for token in tokens)
+    while "()" in left:
+        left = left.replace("()", "")
+    return 3 if ")" in left else 2 if left else 1
+
+
+def symbol_backwards(tokens: Sequence[int]) -> int | None:
+    """The blank number k asks for the symbol k from the end."""
+    symbols = [token for token in tokens if token]
+    blanks = len(tokens) - len(symbols)
+    return symbols[-blanks] if blanks else None
+
+
+def node_after(nodes: int) -> Answer:
+    """Hop along the edges as often as there are tokens after them."""
+
+    def answer(tokens: Sequence[int]) -> int | None:
+        edges, rest = tokens[: 2 * nodes], tokens[2 * nodes :]
+        if not rest:
+            return None
+        leads = dict(zip(edges[::2], edges[1::2], strict=True))
+        at = rest[0]
+        for _ in rest:
+            at = leads[at]
+        return at
+
+    return answer
+
+
+def end_of_hops(hops: int) -> Answer:
+    """Find the last occurrence before and go to the token after it, until there is none."""
+
+    def answer(tokens: Sequence[int]) -> int | None:
+        at, done = len(tokens) - 1, 0
+        while tokens[at] in tokens[:at]:
+            at = max(place for place in range(at) if tokens[place] == tokens[at]) + 1
+            done += 1
+        return tokens[at] if done == hops else None
+
+    return answer
+
+
+def naive(name: str, length: int) -> tuple[Task, Answer]:
+    """A task and its naive answer for problems of a length."""
+    return {
+        "addition": (Addition(), digit_of_sum),
+        "dyck": (Dyck(), validity),
+        "p_hop": (PHop(), end_of_hops(length)),
+        "parity": (Parity(), sum_so_far(2)),
+        "reverse": (Reverse(), symbol_backwards),
+        "sums": (RunningSums(), sum_so_far(3)),
+        "walk": (Walk(nodes=5), node_after(5)),
+    }[name]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 19])
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_answers_follow_from_what_precedes_them(name: str, length: int) -> None:
+    task, answer = naive(name, length)
+    ids, targets, difficulty = task.batch(16, length, torch.Generator().manual_seed(length))
+    assert ids.shape == targets.shape == (16, task.positions(length))
+    assert difficulty is not None
+    assert difficulty.tolist() == [max(1, task.loops(length))] * 16
+    for row, wanted in zip(ids.tolist(), targets.tolist(), strict=True):
+        found = [answer(row[: end + 1]) for end in range(len(row))]
+        assert [IGNORED if one is None else one for one in found] == wanted
+        assert any(one is not None for one in found)
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_tokens_and_answers_lie_in_the_vocabulary_and_vary(name: str) -> None:
+    task = TASKS[name]()
+    ids, targets, _ = task.batch(64, 7, torch.Generator().manual_seed(1))
+    asked = targets[targets != IGNORED]
+    assert ids.min() >= 0
+    assert asked.min() >= 0
+    assert max(int(ids.max()), int(asked.max())) < task.vocab_size
+    assert asked.bincount().max() < 0.8 * asked.numel()
+
+
+def test_examples_by_hand() -> None:
+    """7 + 1 = 8 carries through all digits; 1 2 | 2 3 | 3 1 leads from 1 to 2, 3 and back to 1."""
+    sevens = [2, 2, 2, 1, 2, 1, 3]
+    assert [digit_of_sum(sevens[:end]) for end in range(1, 8)] == [None, 1, None, 1, None, 1, 2]
+    assert [validity(text) for text in ([1], [1, 2], [1, 2, 2], [1, 2, 2, 1])] == [2, 1, 3, 3]
+    assert [node_after(3)([1, 2, 2, 3, 3, 1, 1, 0, 0][:end]) for end in (7, 8, 9)] == [2, 3, 1]
+    assert end_of_hops(2)([7, 5, 9, 7, 8, 9]) == 5
+
+
+def test_carries_run_far_in_many_sums() -> None:
+    """A carry may run through 8 of 16 digits in about one of 50 uniform sums; here in a quarter, 8 deviations apart."""
+    ids, *_ = Addition().batch(512, 16, torch.Generator().manual_seed(0))
+    hands_on = ids[:, :-1:2] != ids[:, 1::2]
+    runs = sum(any(all(row[start : start + 8]) for start in range(9)) for row in hands_on.tolist())
+    assert runs > 512 / 4
+
+
+def test_brackets_are_balanced_open_and_broken_at_any_length() -> None:
+    for length in (6, 40):
+        last = Dyck().batch(512, length, torch.Generator().manual_seed(0)).targets[:, -1]
+        assert last.bincount(minlength=4)[1:].min() > 40
+
+
+def test_a_walk_never_comes_back_before_it_must() -> None:
+    targets = Walk(nodes=9).batch(32, 9, torch.Generator().manual_seed(0)).targets[:, -9:]
+    assert all(len(set(row)) == 9 for row in targets.tolist())
+
+
+def test_hops_beyond_the_row_are_refused() -> None:
+    with pytest.raises(ValueError, match="length is 24; it must be below the number of pairs"):
+        PHop().batch(2, 24, torch.Generator())
+
+
+def test_no_token_of_p_hop_is_there_three_times() -> None:
+    """So the last occurrence before is the only one."""
+    for row in PHop().batch(16, 3, torch.Generator().manual_seed(0)).ids.tolist():
+        assert max(row.count(token) for token in row) == 2
+        assert all(one != other for one, other in pairwise(row))
