@@ -5,9 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-import tyro
 
-from open_mythos.cli.main import VERBS, main
+from open_mythos.cli.main import VERBS, main, parse
 from open_mythos.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -43,8 +42,8 @@ def test_make_target_exists(command: str) -> None:
 def test_mythos_command_is_understood(command: str) -> None:
     """The words parse; what the verbs then do is tested in tests/cli."""
     name, *words = shlex.split(command)[1:]
-    module = __import__(VERBS[name].module, fromlist=["Arguments"])
-    assert tyro.cli(module.Arguments, args=words)
+    assert name in VERBS
+    assert parse(name, words)
 
 
 @pytest.mark.parametrize(

@@ -239,3 +239,12 @@ def test_bfloat16_products_train_too() -> None:
     _, told = trained(depth=Fixed(loops=2), precision="bfloat16")
     assert told.losses == pytest.approx(plain.losses, rel=0.05)
     assert told.losses != plain.losses
+
+
+@pytest.mark.slow
+def test_compiled_feed_forwards_change_no_number() -> None:
+    _, plain = trained(depth=Fixed(loops=3), steps=3)
+    _, told = trained(depth=Fixed(loops=3), steps=3, compiled=True)
+    assert told.losses == pytest.approx(plain.losses, rel=1e-5)
+    with pytest.raises(ValueError, match="n_experts must be at most twice n_experts_per_tok"):
+        trained(model=small_model(n_experts=16), compiled=True)

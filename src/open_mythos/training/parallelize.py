@@ -1,6 +1,6 @@
 """From a model on one device to a module that trains on all ranks.
 
-Main entry: `parallelize`. Order: compile the looped layers, then shard or replicate the whole.
+Main entry: `parallelize`. Order: compile, then shard or replicate the whole.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from open_mythos.model.block import Block
+from open_mythos.model.mythos import OpenMythos
 from open_mythos.training.objective import Objective
 from open_mythos.training.ranks import Ranks
 
@@ -29,8 +31,7 @@ def parallelize(objective: Objective, ranks: Ranks, parallel: Parallel, *, compi
     """
     model = objective.model
     if compiled:
-        for block in model.recurrent.blocks:
-            block.compile()
+        _compile(model)
     if ranks.world == 1:
         return objective
     if parallel == "ddp":
@@ -44,6 +45,22 @@ def parallelize(objective: Objective, ranks: Ranks, parallel: Parallel, *, compi
     fully_shard(model.recurrent, mesh=mesh, reshard_after_forward=False)
     fully_shard(objective, mesh=mesh, reshard_after_forward=False)
     return objective
+
+
+def _compile(model: OpenMythos) -> None:
+    """Compile the feed-forwards of the looped layers, where the elementwise work is.
+
+    A whole layer asks a cache and a table of loads, and would be compiled anew for every loop.
+    """
+    config = model.config
+    if config.n_experts > 2 * config.n_experts_per_tok and model.embed.weight.device.type == "cpu":
+        raise ValueError(
+            f"compiled is True and n_experts {config.n_experts}; PyTorch cannot compile grouped products in float32: "
+            f"on a CPU, n_experts must be at most twice n_experts_per_tok ({config.n_experts_per_tok})"
+        )
+    for block in model.recurrent.blocks:
+        assert isinstance(block, Block)
+        block.ffn.compile()
 
 
 def without_sync(module: nn.Module) -> AbstractContextManager[None]:

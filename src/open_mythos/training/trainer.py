@@ -55,7 +55,7 @@ class TrainerConfig:
     recompute: bool = False
     """Keep one state per loop and compute the loops again on the way back: less memory, a third more work."""
     compiled: bool = False
-    """Compile the looped layers with `torch.compile`."""
+    """Compile the looped layers' feed-forwards with `torch.compile`."""
     parallel: Parallel = "auto"
     """On several ranks: "ddp" copies the model to each, "fsdp" shards it; "auto" shards."""
     non_finite: Literal["stop", "skip"] = "stop"
