@@ -26,8 +26,10 @@ endif
 demo: setup
 	$(BIN)/mythos demo
 
+# Two processes of one thread each: tensors in tests are small, and waiting for a second thread costs more than it gives.
+JOBS ?= 2
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff format --check .
