@@ -1,6 +1,7 @@
 """One pass gives every depth the numbers of its own forward pass."""
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from open_mythos.analysis.depth_sweep import depth_sweep, states_by_loop
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.presets import mythos_tiny
-from tiny import random_ids, tiny_model
+from tiny import random_ids, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("changes", [{"halting": "none"}, {}, {"attn_type": "mla"}])
@@ -75,3 +76,14 @@ def test_bad_input_is_named() -> None:
             depth_sweep(model, (ids, ids), loops)
     with pytest.raises(ValueError, match=r"targets has shape \(1, 3\); it must be that of ids, \(1, 4\)"):
         depth_sweep(model, (ids, ids[:, 1:]), [1])
+
+
+def test_batches_go_to_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device nothing can be computed, but what arrives there can be seen."""
+    seen = []
+    module = sys.modules["open_mythos.analysis.depth_sweep"]  # the package has a function of that name
+    monkeypatch.setattr(module, "states_by_loop", lambda model, ids, *_: iter(seen.append(ids.device) or ()))
+    model = tiny_model(tiny_config()).to("meta")
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    depth_sweep(model, (ids, ids), [1])
+    assert [device.type for device in seen] == ["meta"]

@@ -107,6 +107,40 @@ def test_a_data_file_that_has_vanished_does_not_stop_a_run(text_run: Path, tmp_p
     assert main(["sweep", str(folder), "--loops", "1"]) == 0
 
 
+def test_a_run_keeps_its_own_copy_of_the_text(tmp_path: Path) -> None:
+    """Text that changes between two parts of a run, as chars, whose vocabulary would change with it."""
+    book = tmp_path / "book.txt"
+    book.write_text("It was the best of times. " * 90)
+    words = ["train", "text", "--tokenizer", "chars", "--data", str(book), *SMALL_TEXT, "--out"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*words, str(whole)]) == 0
+    assert main([*words, str(parts)]) == 0
+    shutil.rmtree(parts / "checkpoints" / "step-000004")
+    book.write_text("XYZ, 0123456789: something else. " * 200)
+    assert main([*words, str(parts)]) == 0
+    losses = [[line["loss"] for line in read_metrics(out) if "loss" in line] for out in (whole, parts)]
+    assert losses[0] == losses[1]
+    assert main(["sweep", str(parts), "--loops", "1", "--lengths", "8,16"]) == 0
+    assert main(["export", str(parts), "--out", str(tmp_path / "exported")]) == 0
+
+
+def test_a_run_that_is_not_finished_can_be_swept(
+    text_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(text_run / "run", tmp_path / "run")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / "run" / name).unlink()
+    assert main(["sweep", str(tmp_path / "run"), "--loops", "1"]) == 0
+    assert "not finished: this is its checkpoint of step 4" in capsys.readouterr().out
+
+
+def test_a_run_cannot_be_made_shorter_than_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "run")
+    assert main(["train", "parity", "--out", out, *SMALL_TASK]) == 0
+    assert main(["train", "parity", "--out", out, *SMALL_TASK, "--steps", "3"]) == 2
+    assert "steps is 3; it must be at least" in capsys.readouterr().err
+
+
 def test_a_folder_can_be_used_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -125,6 +159,10 @@ def test_a_folder_can_be_used_from_everywhere(tmp_path: Path, monkeypatch: pytes
         (["train", "text", "--out", "x", "--seq-len", "4096"], "seq_len is 4096"),
         (["train", "parity", "--out", "x", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "parity", "--out", "x", "--device", "cuda"], "there is no GPU"),
+        (["train", "parity", "--out", "x", "--device", "tpu"], "device is 'tpu'"),
+        (["train", "parity", "--out", "x", "--sweep-loops", "0"], "sweep_loops is [0]"),
+        (["train", "parity", "--out", "x", "--sweep-lengths", "0"], "sweep_lengths is [0]"),
+        (["train", "parity", "--out", "pyproject.toml"], "out is pyproject.toml, which is a file"),
         (["sweep", "nowhere"], "has no run.yaml"),
         (["generate", "nowhere"], "not a complete model folder"),
         (["export", "nowhere", "--out", "x"], "has no run.yaml"),
@@ -136,6 +174,7 @@ def test_what_cannot_be_done_is_said_in_one_line(
     if says == "there is no GPU" and torch.cuda.is_available():
         pytest.skip("there is one")
     monkeypatch.chdir(tmp_path)
+    Path("pyproject.toml").touch()
     assert main(words) == 2
     told = capsys.readouterr().err
     assert says in told
@@ -154,6 +193,16 @@ def test_text_may_be_longer_than_the_context(text_run: Path, capsys: pytest.Capt
     assert len(capsys.readouterr().out) > 64  # an untrained model may end the text, or give bytes that are no text
     assert main([*words[:4], "--max-new-tokens", "0"]) == 2
     assert "max_new_tokens is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("prompt", "says"), [("", "prompt has 0 tokens"), ("x" * 80, "prompt has 80 tokens")])
+def test_generation_refuses_prompts_that_do_not_fit(
+    text_run: Path, prompt: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(text_run / "run"), "--prompt", prompt]) == 2
+    told = capsys.readouterr()
+    assert says in told.err
+    assert not told.out
 
 
 def test_generation_refuses_wrong_loops(text_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

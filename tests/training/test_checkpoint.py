@@ -290,7 +290,7 @@ def test_the_state_of_the_data_comes_back(tmp_path: Path) -> None:
             return {"next": self.next}
 
         def load_state_dict(self, state: dict) -> None:
-            self.next = state.get("next", 0)
+            self.next = state["next"]
 
     trained(source=Counting(), steps=7, checkpoints=tmp_path, checkpoint_every=3)
     (tmp_path / "step-000007").rename(tmp_path / "gone")
@@ -298,3 +298,34 @@ def test_the_state_of_the_data_comes_back(tmp_path: Path) -> None:
     assert [record.step for record in told.records] == [6]
     meta = json.loads((tmp_path / "step-000006" / "meta.json").read_text())
     assert meta["source"] == {"next": 6}
+
+
+def test_a_stream_goes_on_where_the_run_was(tmp_path: Path) -> None:
+    """The real thing: documents that are streamed, shuffled, tokenised and packed, through a run in two parts."""
+    datasets = pytest.importorskip("datasets")
+    from open_mythos.data.streaming import StreamedRows
+    from open_mythos.data.tokenizer_spec import byte_tokenizer
+
+    texts = [{"text": f"Document {number} says {number * number}. " * (1 + number % 3)} for number in range(40)]
+
+    def source() -> StreamedRows:
+        stream = datasets.Dataset.from_list(texts).to_iterable_dataset()
+        return StreamedRows(stream, byte_tokenizer(), seq_len=12, batch_size=4, shuffle_buffer=7)
+
+    def run(checkpoints: Path | None) -> list[float]:
+        model = small_model(vocab_size=257)
+        return trained(model=model, source=source(), steps=9, checkpoints=checkpoints, checkpoint_every=4)[1].losses
+
+    whole = run(None)
+    assert run(tmp_path) == whole
+    (tmp_path / "step-000009").rename(tmp_path / "gone")
+    assert run(tmp_path) == whole[8:]
+
+
+def test_a_sweep_that_fails_costs_no_step(tmp_path: Path) -> None:
+    def broken(model: object, final: bool) -> list:
+        raise RuntimeError("no such data")
+
+    with pytest.raises(RuntimeError, match="no such data"):
+        trained(steps=4, checkpoints=tmp_path, sweep=broken)
+    assert trained(steps=4, checkpoints=tmp_path)[1].records == []

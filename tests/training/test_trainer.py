@@ -165,7 +165,6 @@ class _Poisoned:
     def batch(self, step: int) -> Batch:
         if step in self._bad:
             handle = self._model.norm.register_forward_hook(lambda module, args, out: out * float("nan"))
-            self._model.coda[0].register_forward_hook(lambda *_: None)
             self._handle = handle
         elif hasattr(self, "_handle"):
             self._handle.remove()
@@ -248,3 +247,42 @@ def test_compiled_feed_forwards_change_no_number() -> None:
     assert told.losses == pytest.approx(plain.losses, rel=1e-5)
     with pytest.raises(ValueError, match="n_experts must be at most twice n_experts_per_tok"):
         trained(model=small_model(n_experts=16), compiled=True)
+
+
+def test_a_run_that_only_skips_is_given_up() -> None:
+    model = small_model()
+    with pytest.raises(NonFiniteLossError):
+        trained(model=model, source=_Poisoned(model, set(range(100))), non_finite="skip", steps=100)
+
+
+def test_json_has_no_nan_and_bears_damaged_lines(tmp_path: Path) -> None:
+    from open_mythos.training.records import JsonLines, read_metrics
+
+    log = JsonLines(tmp_path, 0)
+    log.on_sweep(1, [{"length": 4, "loss": math.nan}])
+    log.close()
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0\0\0\n")
+    JsonLines(tmp_path, 5).close()
+    assert read_metrics(tmp_path) == [{"step": 1, "sweep": [{"length": 4, "loss": None}]}]
+
+
+def test_grouped_products_are_in_the_type_of_autocast() -> None:
+    from open_mythos.model.experts import _product_dtype
+
+    x = torch.zeros(2)
+    assert _product_dtype(x) == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _product_dtype(x) == torch.bfloat16
+    _, plain = trained(model=small_model(n_experts=16), depth=Fixed(loops=2))
+    _, told = trained(model=small_model(n_experts=16), depth=Fixed(loops=2), precision="bfloat16")
+    assert told.losses == pytest.approx(plain.losses, rel=0.05)
+
+
+def test_gradients_through_the_last_loops_are_the_same_in_bfloat16() -> None:
+    """Autocast keeps weights that it has cast; those cast without a gradient must not serve the loops with one."""
+    kinds = {"depth": Uniform(least=3, most=5, grad_loops=2), "precision": "bfloat16", "steps": 1}
+    _, told = trained(**kinds)
+    _, plain = trained(**{**kinds, "precision": "float32"})
+    assert told.records[0].grad_norm == pytest.approx(plain.records[0].grad_norm, rel=0.05)

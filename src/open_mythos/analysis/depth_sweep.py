@@ -54,7 +54,7 @@ def depth_sweep(
         raise ValueError(f"loops is {list(loops)}; it must hold integers of at least 1")
     tallies: dict[tuple[int, int], _Tally] = {}
     with evaluating(model):
-        for ids, targets in _pairs(batches):
+        for ids, targets in _pairs(batches, model.embed.weight.device):
             if ids.shape != targets.shape:
                 raise ValueError(
                     f"targets has shape {tuple(targets.shape)}; it must be that of ids, {tuple(ids.shape)}"
@@ -118,10 +118,10 @@ class _Tally:
         )
 
 
-def _pairs(batches: Pair | Iterable[Pair]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids and targets of the batches one by one; a single pair of tensors is one batch."""
+def _pairs(batches: Pair | Iterable[Pair], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and targets of the batches one by one, on the device; a single pair of tensors is one batch."""
     if isinstance(batches, tuple) and isinstance(batches[0], Tensor):
         batches = [(batches[0], batches[1])]
     for batch in batches:
         assert not isinstance(batch, Tensor | None)
-        yield batch[0], batch[1]
+        yield batch[0].to(device), batch[1].to(device)

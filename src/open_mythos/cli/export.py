@@ -22,5 +22,8 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Load the checkpoint in one process and save the model."""
-    step = export(arguments.run, arguments.out)
-    Console().print(f"Model of step {step}: [bold]{arguments.out}[/bold]")
+    console = Console()
+    trained = export(arguments.run, arguments.out)
+    for damaged in trained.damaged:
+        console.print(f"A damaged checkpoint was passed over: {damaged}.", style="yellow", highlight=False)
+    console.print(f"Model of step {trained.step}: [bold]{arguments.out}[/bold]")

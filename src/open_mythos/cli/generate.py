@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -38,9 +39,15 @@ def run(arguments: Arguments) -> None:
         raise ValueError(f"max_new_tokens is {arguments.max_new_tokens}; it must be at least 1")
     model = OpenMythos.from_pretrained(arguments.model)
     tokenizer = TextTokenizer.load(arguments.model)
+    prompt = tokenizer.encode(arguments.prompt)
+    if not 1 <= len(prompt) < model.config.max_seq_len:
+        limit = model.config.max_seq_len - 1
+        raise ValueError(f"prompt has {len(prompt)} tokens; it must have 1 to max_seq_len - 1 ({limit})")
     stream = tokenizer.stream()
+    tokens = _tokens(model, prompt, n_loops, arguments)
+    first = next(tokens)  # whatever is wrong is said before anything is printed
     print(arguments.prompt, end="", flush=True)
-    for token in _tokens(model, tokenizer.encode(arguments.prompt), n_loops, arguments):
+    for token in chain([first], tokens):
         if token == tokenizer.end_of_text:
             break
         print(stream.push(token), end="", flush=True)

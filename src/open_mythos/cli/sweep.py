@@ -15,9 +15,11 @@ import tyro
 from rich.console import Console
 
 from open_mythos.cli.train_display import sweep_table
+from open_mythos.model.folder import CONFIG_FILE
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.recipes.folder import RunFolder
-from open_mythos.recipes.material import open_material, positions, sweep_loops, sweep_rows
+from open_mythos.recipes.material import open_material, sweep_loops, sweep_rows
+from open_mythos.recipes.train import newest
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,31 @@ def run(arguments: Arguments) -> None:
     folder = RunFolder(arguments.model)
     loops, lengths = numbers("loops", arguments.loops), numbers("lengths", arguments.lengths)
     described = folder.read()
-    model = OpenMythos.from_pretrained(arguments.model)
-    for length in lengths or []:
-        if positions(described, length) > model.config.max_seq_len:
-            takes = f"{positions(described, length)} positions"
-            limit = f"max_seq_len ({model.config.max_seq_len})"
-            raise ValueError(f"lengths has {length}, which takes {takes}; it must be at most {limit}")
+    for name, file in (("json", arguments.json), ("plot", arguments.plot)):
+        if file is not None and file.is_dir():
+            raise ValueError(f"{name} is {file}, which is a folder; it must be a file")
+    finished = (arguments.model / CONFIG_FILE).is_file()
+    if finished:
+        model = OpenMythos.from_pretrained(arguments.model)
+    else:
+        trained = newest(arguments.model)
+        model = trained.model
+        console.print(f"The run is not finished: this is its checkpoint of step {trained.step}.", style="yellow")
+    too_long = [length for length in lengths or [] if length > model.config.max_seq_len]
+    if too_long:
+        raise ValueError(f"lengths has {too_long[0]}; it must be at most max_seq_len ({model.config.max_seq_len})")
     if arguments.rows is not None and arguments.rows < 1:
         raise ValueError(f"rows is {arguments.rows}; it must be at least 1")
     with console.status("measuring"):
-        material = open_material(described, folder.data)
+        material = open_material(described, folder.data, pinned=True)
         n_rows = arguments.rows or sweep_rows(described, final=True)
         rows = material.sweep(model, loops or sweep_loops(described), n_rows, lengths)
     console.print(f"{arguments.model}: held-out data, up to {n_rows} rows of each length", highlight=False)
     console.print(sweep_table(rows))
+    for file in (arguments.json, arguments.plot):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     if arguments.plot is not None:
         from open_mythos.analysis import plots

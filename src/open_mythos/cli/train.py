@@ -111,12 +111,19 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
             metavar="'{name: PLAN, ...}'",
-            instance_from_str=lambda words: plan_from_dict(yaml.safe_load(words[0])),
+            instance_from_str=lambda words: _plan(words[0]),
             is_instance=lambda value: hasattr(value, "draw"),
             str_from_instance=lambda plan: [_one_line(plan)],
         )
 
     return registry
+
+
+def _plan(word: str) -> DepthPlan:
+    try:
+        return plan_from_dict(yaml.safe_load(word))
+    except yaml.YAMLError as error:
+        raise ValueError(f"depth is {word!r}, which is not YAML; it must be like {{name: fixed, loops: 4}}") from error
 
 
 def _one_line(plan: DepthPlan) -> str:
@@ -132,13 +139,18 @@ def _tensorboard(out: Path, first_step: int, console: Console) -> list[Observer]
 
 
 def _device(name: str) -> torch.device:
+    """The device, on a machine with several GPUs the one of this process."""
+    n_gpus = torch.cuda.device_count()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ValueError(f"device is {name!r}, and there is no GPU that PyTorch can use; it must be 'cpu'")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device(name)
+        name = "cuda" if n_gpus else "cpu"
+    index = os.environ.get("LOCAL_RANK", "0") if name == "cuda" else name.removeprefix("cuda:")
+    if name != "cpu" and not (name.startswith("cuda") and index.isdecimal() and int(index) < n_gpus):
+        found = f"there are {n_gpus} GPUs that PyTorch can use" if n_gpus else "there is no GPU that PyTorch can use"
+        raise ValueError(f"device is {name!r}, and {found}; it must be 'cpu', 'cuda', 'cuda:N' or 'auto'")
+    if name == "cpu":
+        return torch.device("cpu")
+    torch.cuda.set_device(int(index))
+    return torch.device("cuda", int(index))
 
 
 def _read_yaml(path: Path) -> Any:

@@ -71,13 +71,16 @@ class TextRows:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: a batch depends on its step alone."""
-        return {}
+        """Which tokens these are; a batch depends on nothing else but its step."""
+        return {"content": self.store.info.content}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes nothing; `ValueError` if there is something, which must come from another kind of source."""
-        if state:
-            raise ValueError(f"the data's state has {sorted(state)}; rows of a token store have none")
+        """`ValueError` unless the state was saved with the same tokens."""
+        if state != self.state_dict():
+            raise ValueError(
+                f"the {self.split} split has other tokens than when the checkpoint was written; "
+                "to resume, the text and the tokenizer must be the same"
+            )
 
     def in_order(self, max_rows: int | None = None) -> Iterator[Batch]:
         """The split, or its first rows, once and in order, `batch_size` rows at a time; the last batch may be smaller.

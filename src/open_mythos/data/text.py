@@ -67,6 +67,7 @@ def open_text(
     held_out_rows: int = 1000,
     shuffle_buffer: int = 1000,
     on_progress: Callable[[int], None] | None = None,
+    pinned: bool = False,
 ) -> TextData:
     """Text by name, tokenised once into the folder `cache` and reused from there while the request is the same.
 
@@ -74,11 +75,12 @@ def open_text(
     Local documents are split as in `split_documents`, and everything wrong with them is raised here, as `ValueError`.
     A dataset of the hub is streamed: its first `held_out_rows` rows are held out, the others are read in training, in
     shuffled blocks of `shuffle_buffer`; `holdout` has no part in it. `seq_len`, `batch_size` and `seed` are no part of
-    the request. `on_progress` is called with the number of documents tokenised.
+    the request. With `pinned`, what is in the cache counts, even if the original has changed since. `on_progress` is
+    called with the number of documents tokenised.
     """
     check_sizes(seq_len, batch_size, seed)
     request = _request(data, tokenizer, holdout, held_out_rows, Path(cache))
-    prepared = prepare(request, Path(cache), on_progress)
+    prepared = prepare(request, Path(cache), on_progress, pinned=pinned)
     held_out = TextRows(prepared.held_out, seq_len=seq_len, batch_size=batch_size, seed=seed, split="held-out")
     train: BatchSource
     if prepared.train is not None:

@@ -51,19 +51,25 @@ class Prepared:
     """None for a stream."""
 
 
-def prepare(request: Request, folder: Path, on_progress: Callable[[int], None] | None = None) -> Prepared:
+def prepare(
+    request: Request, folder: Path, on_progress: Callable[[int], None] | None = None, *, pinned: bool = False
+) -> Prepared:
     """The splits of a request: those in the folder if they are its own and its files have not changed, else new ones.
 
-    Files that have vanished have not changed: the folder is then enough. `on_progress` is called with the number of
-    documents tokenised so far.
+    Files that have vanished have not changed: the folder is then enough. With `pinned` it is enough in any case, so
+    that a run keeps its text whatever becomes of the original. `on_progress` is called with the number of documents
+    tokenised so far.
     """
-    files = _signature(request)
     saved = _saved_record(folder)
-    kept = {name: saved["files"].get(name) if saved and now is None else now for name, now in files.items()}
+    if pinned and saved:
+        files = kept = saved["files"]
+    else:
+        files = _signature(request)
+        kept = {name: saved["files"].get(name) if saved and now is None else now for name, now in files.items()}
     record = {"format": _FORMAT, **asdict(request), "files": kept}
     prepared = _reuse(request, folder, _fingerprint(record)) if record == saved else None
     if prepared is None:
-        record["files"] = files
+        record["files"] = _signature(request) if pinned else files
         build = _build_streamed if request.streamed else _build
         prepared = build(request, folder, _fingerprint(record), on_progress or (lambda done: None))
         write_json(folder / REQUEST_FILE, record)

@@ -63,7 +63,10 @@ class TextTokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         partial = directory / f".{TOKENIZER_FILE}.partial"
-        self.tokenizer.save(str(partial))
+        try:
+            self.tokenizer.save(str(partial))
+        except Exception as error:  # the library raises bare Exception
+            raise OSError(f"{directory / TOKENIZER_FILE} could not be written: {error}") from error
         partial.replace(directory / TOKENIZER_FILE)
 
     @classmethod

@@ -80,7 +80,7 @@ class MoEFFN(nn.Module):
     def _all_is_better(self, x: Tensor) -> bool:
         """With few experts one wide product beats sorting; it is also the form that any derivative goes through."""
         sizes = (x.shape[-1], self.down.shape[1])
-        aligned = all(size * x.element_size() % 16 == 0 for size in sizes)  # grouped_mm's rule
+        aligned = all(size * _product_dtype(x).itemsize % 16 == 0 for size in sizes)  # grouped_mm's rule
         return self.n_experts <= 2 * self.topk or not aligned or elementary_only()
 
     def _all_experts(self, x: Tensor, routing: Routing) -> Tensor:
@@ -95,17 +95,23 @@ class MoEFFN(nn.Module):
 
     def _grouped(self, x: Tensor, routing: Routing) -> Tensor:
         """Tokens sorted by expert, one grouped product per projection."""
-        dispatch = self._dispatch(routing)
-        rows = x[dispatch.token]
-        gate = F.grouped_mm(rows, self.gate.transpose(1, 2), offs=dispatch.group_ends)
-        up = F.grouped_mm(rows, self.up.transpose(1, 2), offs=dispatch.group_ends)
-        weights = routing.weights.flatten()[dispatch.slot].to(x.dtype)
+        dispatch, dtype = self._dispatch(routing), _product_dtype(x)
+        rows = x[dispatch.token].to(dtype)
+        gate = F.grouped_mm(rows, self.gate.to(dtype).transpose(1, 2), offs=dispatch.group_ends)
+        up = F.grouped_mm(rows, self.up.to(dtype).transpose(1, 2), offs=dispatch.group_ends)
+        weights = routing.weights.flatten()[dispatch.slot].to(dtype)
         hidden = F.silu(gate) * up * weights.unsqueeze(-1)
-        out = F.grouped_mm(hidden, self.down, offs=dispatch.group_ends)
-        return torch.zeros_like(x).index_add(0, dispatch.token, out)
+        out = F.grouped_mm(hidden, self.down.to(dtype), offs=dispatch.group_ends)
+        return torch.zeros_like(x).index_add(0, dispatch.token, out.to(x.dtype))
 
     def _dispatch(self, routing: Routing) -> Dispatch:
         flat = routing.experts.flatten()
         slot = flat.argsort(stable=True)
         group_ends = count_load(flat, self.n_experts).cumsum(0).to(torch.int32)
         return Dispatch(slot // self.topk, slot, group_ends)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The type of products with x: autocast's, which knows nothing of grouped ones, or else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -24,7 +24,10 @@ def save(model: nn.Module, directory: str | Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     partial = directory / f".{WEIGHTS_FILE}.partial"
-    save_file(weights, partial, metadata={"format": "pt"})
+    try:
+        save_file(weights, partial, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{directory / WEIGHTS_FILE} could not be written: {error}") from error
     partial.replace(directory / WEIGHTS_FILE)
     config = model.config
     assert isinstance(config, MythosConfig)

@@ -101,6 +101,8 @@ def read_run(path: Path) -> RunConfig:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the folder; `ValueError` if another process does. The system lets go of it however this process ends."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"out is {path}, which is a file; it must be a folder")
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("a+", encoding="utf-8") as file:
         try:

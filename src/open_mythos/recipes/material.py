@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from open_mythos.analysis.depth_sweep import SweepRow, depth_sweep
 from open_mythos.data.batch import Batch, BatchSource
 from open_mythos.data.documents import resolve_spec
 from open_mythos.data.hub import HUB_PREFIX
+from open_mythos.data.packing import TextRows
 from open_mythos.data.seeding import generator
 from open_mythos.data.tasks import TASKS, TaskBatches
 from open_mythos.data.text import open_text
@@ -49,9 +49,11 @@ class Material:
         ]
 
 
-def open_material(run: RunConfig, cache: Path, on_progress: Callable[[int], None] | None = None) -> Material:
+def open_material(
+    run: RunConfig, cache: Path, on_progress: Callable[[int], None] | None = None, *, pinned: bool = False
+) -> Material:
     """The material of a run; text is tokenised into the folder `cache` unless it is there already."""
-    return _task(run) if isinstance(run, TaskRun) else _text(run, cache, on_progress)
+    return _task(run) if isinstance(run, TaskRun) else _text(run, cache, on_progress, pinned=pinned)
 
 
 def located(run: RunConfig) -> RunConfig:
@@ -103,24 +105,23 @@ def _task(run: TaskRun) -> Material:
     return Material(source, held_out, None, is_text=False, notes=[note])
 
 
-def _text(run: TextRun, cache: Path, on_progress: Callable[[int], None] | None) -> Material:
-    def opened(seq_len: int) -> Any:
-        return open_text(
-            run.data,
-            cache=cache,
-            seq_len=seq_len,
-            batch_size=run.batch_size,
-            tokenizer=run.tokenizer,
-            holdout=run.holdout,
-            seed=run.training.seed,
-            on_progress=on_progress,
-        )
-
-    text = opened(run.seq_len)
+def _text(run: TextRun, cache: Path, on_progress: Callable[[int], None] | None, *, pinned: bool) -> Material:
+    text = open_text(
+        run.data,
+        cache=cache,
+        seq_len=run.seq_len,
+        batch_size=run.batch_size,
+        tokenizer=run.tokenizer,
+        holdout=run.holdout,
+        seed=run.training.seed,
+        on_progress=on_progress,
+        pinned=pinned,
+    )
 
     def held_out(lengths: Sequence[int] | None, rows: int) -> Iterable[tuple[int, Iterable[Batch]]]:
         for length in sorted(set(lengths or (run.seq_len,))):
-            yield length, opened(length).held_out.in_order(rows)
+            store = text.held_out.store
+            yield length, TextRows(store, seq_len=length, batch_size=run.batch_size, split="held-out").in_order(rows)
 
     summary = text.summary
     notes = [f"{summary.data}, tokenizer {summary.tokenizer}, vocabulary {summary.vocab_size}"]

@@ -50,6 +50,7 @@ class TextRun(_Run):
     def __post_init__(self) -> None:
         _check_length(self, "seq_len", self.seq_len)
         _check_counts(self, "batch_size", "seq_len", "sweep_rows")
+        _check_list(self, "sweep_loops")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,8 @@ class TaskRun(_Run):
         if self.task not in TASKS:
             raise ValueError(f"task is {self.task!r}; it must be one of {', '.join(TASKS)}")
         _check_counts(self, "batch_size", "longest", "sweep_problems")
+        _check_list(self, "sweep_loops")
+        _check_list(self, "sweep_lengths")
         _check_length(self, "longest", TASKS[self.task]().positions(self.longest))
 
 
@@ -117,6 +120,12 @@ def _check_length(run: _Run, name: str, positions: int) -> None:
         takes = "" if positions == getattr(run, name) else f" and takes {positions} positions"
         limit = f"model.max_seq_len ({run.model.max_seq_len})"
         raise ValueError(f"{name} is {getattr(run, name)}{takes}; it must be at most {limit}")
+
+
+def _check_list(run: _Run, name: str) -> None:
+    values = getattr(run, name)
+    if values is not None and (not values or min(values) < 1):
+        raise ValueError(f"{name} is {list(values)}; it must be integers of at least 1")
 
 
 def _check_counts(run: _Run, *names: str) -> None:

@@ -52,10 +52,10 @@ def train(
         if ranks.is_main:
             stack.enter_context(locked(out))
             folder.check(run)
-            material = open_material(run, folder.data, on_progress)
+            material = open_material(run, folder.data, on_progress, pinned=folder.description.is_file())
         ranks.wait()
         if not ranks.is_main:
-            material = open_material(run, folder.data)
+            material = open_material(run, folder.data, pinned=True)
         model = build_model(run, material, device)
         trainer = Trainer(
             model,
@@ -66,6 +66,9 @@ def train(
             checkpoints=folder.checkpoints,
             sweep=_sweep(run, material),
         )
+        if trainer.first_step > run.training.steps:
+            done = f"what the run in {out} has done, {trainer.first_step}"
+            raise ValueError(f"steps is {run.training.steps}; it must be at least {done}")
         observers: list[Observer] = []
         if ranks.is_main:
             folder.claim(run)
@@ -77,18 +80,35 @@ def train(
         _write(model, material, out, ranks)
 
 
-def export(run_folder: Path, out: Path) -> int:
-    """Write the model folder of a run's newest checkpoint, whatever number of ranks wrote it; returns its step."""
+class Trained(NamedTuple):
+    """A model as its run has it so far, and what the run learns from."""
+
+    run: RunConfig
+    model: OpenMythos
+    material: Material
+    step: int
+    damaged: list[str]
+    """Newer checkpoints that could not be used."""
+
+
+def newest(run_folder: Path) -> Trained:
+    """The model of a run's newest whole checkpoint, whatever number of ranks wrote it."""
     folder = RunFolder(run_folder)
     run = folder.read()
-    material = open_material(run, folder.data)
+    material = open_material(run, folder.data, pinned=True)
     model = build_model(run, material, torch.device("cpu"))
     checkpoints = Checkpoints(folder.checkpoints, Ranks(), read_only=True)
-    progress, _ = checkpoints.load_latest(model, build_optimizers(model, run.training.optim))
+    progress, damaged = checkpoints.load_latest(model, build_optimizers(model, run.training.optim))
     if not progress.step:
-        raise ValueError(f"{folder.checkpoints} has no checkpoint; it must have one to export")
-    _write(model, material, out, Ranks())
-    return progress.step
+        raise ValueError(f"{folder.checkpoints} has no checkpoint yet; it must have one")
+    return Trained(run, model.eval(), material, progress.step, damaged)
+
+
+def export(run_folder: Path, out: Path) -> Trained:
+    """Write the model folder of a run's newest checkpoint."""
+    trained = newest(run_folder)
+    _write(trained.model, trained.material, out, Ranks())
+    return trained
 
 
 def build_model(run: RunConfig, material: Material, device: torch.device) -> OpenMythos:

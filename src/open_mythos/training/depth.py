@@ -228,17 +228,17 @@ PLANS: dict[str, type[Any]] = {
 }
 
 
-def plan_from_dict(data: dict[str, Any]) -> DepthPlan:
+def plan_from_dict(data: Any) -> DepthPlan:
     """The plan that `{"name": ..., field: value, ...}` describes; `ValueError` names what does not belong."""
-    if not isinstance(data, dict) or data.get("name") not in PLANS:
+    if not isinstance(data, dict) or not isinstance(data.get("name"), str) or data["name"] not in PLANS:
         raise ValueError(f"depth plan is {data!r}; it must have a name, one of {', '.join(PLANS)}")
     kind = PLANS[data["name"]]
     values = {key: value for key, value in data.items() if key != "name"}
     known = {field.name for field in fields(kind)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"depth plan {data['name']!r} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
-    if isinstance(values.get("plan"), dict):
-        values["plan"] = plan_from_dict(values["plan"])
+    if "plan" in known:
+        values["plan"] = plan_from_dict(values.get("plan"))
     return kind(**values)
 
 
@@ -259,9 +259,17 @@ def _integers(loops: Tensor) -> Tensor:
     return loops.to(torch.int32).contiguous()
 
 
-def _at_least_one(plan: object, *names: str) -> None:
-    for name in names:
-        value = getattr(plan, name)
+def _at_least_one(plan: Any, *names: str) -> None:
+    """Every field is of its type, and those named are at least 1."""
+    for field in fields(plan):
+        value, kind = getattr(plan, field.name), str(field.type)
+        if value is None and "None" in kind:
+            continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and value >= 1):
-            raise ValueError(f"{name} is {value!r}; it must be a number of at least 1")
+        low = " of at least 1" if field.name in names else ""
+        if kind.startswith("int") and not (number and isinstance(value, int) and (not low or value >= 1)):
+            raise ValueError(f"{field.name} is {value!r}; it must be an integer{low}")
+        if kind.startswith("float") and not (number and math.isfinite(value) and (not low or value >= 1)):
+            raise ValueError(f"{field.name} is {value!r}; it must be a finite number{low}")
+        if kind == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{field.name} is {value!r}; it must be true or false")

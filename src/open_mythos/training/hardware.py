@@ -5,12 +5,13 @@ Main entries: `peak_flops`, `has_fast_bfloat16`.
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch
 
 # Dense bfloat16 FLOP/s of NVIDIA's data sheets.
-_KNOWN = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "T4": 65e12}
+_KNOWN = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -18,7 +19,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type == "cpu":
         return measured_flops()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for known, flops in _KNOWN.items() if known in name), None)
+    return next((_KNOWN[word] for word in re.split(r"[\s-]", name) if word in _KNOWN), None)
 
 
 def measured_flops(size: int = 768, rounds: int = 6) -> float:
@@ -33,5 +34,7 @@ def measured_flops(size: int = 768, rounds: int = 6) -> float:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products are faster than float32: on accelerators, and on CPUs with matrix tiles for it."""
-    return device.type != "cpu" or bool(torch.cpu._is_amx_tile_supported())
+    """Whether bfloat16 products are faster than float32: on GPUs from Ampere on, and on CPUs with matrix tiles."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,16 +20,35 @@ from open_mythos.training.objective import Contribution
 from open_mythos.training.records import StepRecord
 
 
+class OnItsWay:
+    """Tensors being copied from the device to the CPU while it goes on working."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._shapes = [tensor.shape for tensor in tensors]
+        self._packed = torch.cat([tensor.detach().float().flatten() for tensor in tensors])
+        if self._packed.device.type == "cuda":
+            there = torch.empty(self._packed.shape, pin_memory=True)
+            there.copy_(self._packed, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+            self._packed = there
+
+    def arrived(self) -> list[Tensor]:
+        """The tensors, once they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        flat = self._packed.cpu().split([shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(flat, self._shapes, strict=True)]
+
+
 class StepSums(NamedTuple):
-    """What a step left, its tensors perhaps still on their way from the device."""
+    """What a step left."""
 
     step: int
-    figures: Tensor
-    """Sums of loss, z, ponder cost, right answers, exit loops and state norms, and the norm of the gradients."""
-    load: Tensor
-    """(loops, layers, experts)."""
-    a: Tensor
-    """(dim,): the diagonal of A."""
+    sums: OnItsWay
+    """Sums of loss, z, ponder cost, right answers, exit loops and state norms, and the norm of the gradients; the load
+    (loops, layers, experts); the diagonal of A (dim,)."""
     counted: int
     """Tokens in the loss."""
     positions: int
@@ -37,20 +57,6 @@ class StepSums(NamedTuple):
     seconds: float
     """Since the step before ended."""
     skipped: bool
-
-    def finite(self) -> bool:
-        """Whether loss and gradients are finite; waits for the device."""
-        return bool(self.figures.isfinite().all())
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy, in nats."""
-        return float(self.figures[0]) / self.counted
-
-    @property
-    def grad_norm(self) -> float:
-        """Before clipping."""
-        return float(self.figures[-1])
 
 
 class Meter:
@@ -73,7 +79,8 @@ class Meter:
 
     def read(self, sums: StepSums) -> StepRecord:
         """The record of a step."""
-        loss, _, ponder, right, exits, state_norm, grad_norm = sums.figures.tolist()
+        figures, load, a = sums.sums.arrived()
+        loss, _, ponder, right, exits, state_norm, grad_norm = figures.tolist()
         mean_loss = loss / sums.counted
         return StepRecord(
             step=sums.step,
@@ -88,11 +95,12 @@ class Meter:
             mean_exit_loops=exits / sums.positions,
             ponder_cost=ponder / sums.positions,
             state_norm=state_norm / sums.positions,
-            a_low=float(sums.a.min()),
-            a_mean=float(sums.a.mean()),
-            a_high=float(sums.a.max()),
+            a_low=float(a.min()),
+            a_mean=float(a.mean()),
+            a_high=float(a.max()),
+            finite=bool(figures.isfinite().all()),
             skipped=sums.skipped,
-            load=_shares(sums.load),
+            load=_shares(load),
         )
 
     def _flops(self, sums: StepSums) -> float:
@@ -104,7 +112,7 @@ class Meter:
 
 
 def scalars(sums: Contribution) -> Tensor:
-    """The sums that are single numbers, in the order of `StepSums.figures`."""
+    """The sums that are single numbers, in the order of `StepSums.sums`."""
     return torch.stack([sums.loss, sums.z, sums.ponder, sums.right, sums.exit_loops, sums.state_norm])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +42,8 @@ class StepRecord:
     a_low: float
     a_mean: float
     a_high: float
+    finite: bool
+    """Whether all of these figures are."""
     skipped: bool
     """The loss or the gradients were not finite, and nothing was changed."""
     load: list[list[list[float]]] | None
@@ -141,14 +144,20 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines that are whole: a process that is killed, or a machine that loses power, leaves others."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
-def _finite(line: dict[str, Any]) -> dict[str, Any]:
+def _finite(value: Any) -> Any:
     """JSON has no NaN: null stands for it."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
-    }
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

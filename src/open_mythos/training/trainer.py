@@ -22,13 +22,16 @@ from open_mythos.model.mythos import OpenMythos
 from open_mythos.training.checkpoint import Checkpoints, Progress
 from open_mythos.training.depth import Asked, DepthPlan, LoopPlan
 from open_mythos.training.hardware import has_fast_bfloat16, peak_flops
-from open_mythos.training.metering import Meter, StepSums, add, scalars
+from open_mythos.training.metering import Meter, OnItsWay, StepSums, add, scalars
 from open_mythos.training.objective import Contribution, Objective
 from open_mythos.training.optim import OptimConfig, build_optimizers, set_rate
 from open_mythos.training.parallelize import Parallel, parallelize, whole, without_sync
 from open_mythos.training.ranks import Ranks
-from open_mythos.training.records import Observer, Rows
+from open_mythos.training.records import Observer, Rows, StepRecord
 from open_mythos.training.schedule import Schedule
+
+_MOST_SKIPPED = 50
+"""Steps in a row that may be skipped before the run is taken for lost."""
 
 
 class NonFiniteLossError(ValueError):
@@ -110,12 +113,14 @@ class Trainer:
         peak = peak_flops(self.device)
         self._meter = Meter(model.config, None if peak is None else peak * self.ranks.world, source.bytes_per_token)
         self._observers: Sequence[Observer] = ()
+        self._skipped = 0
 
     def _resume(self) -> tuple[int, list[str]]:
         if self._checkpoints is None:
             return 0, []
         progress, damaged = self._checkpoints.load_latest(self.model, self.optimizers)
-        self.source.load_state_dict(progress.source)
+        if progress.step:
+            self.source.load_state_dict(progress.source)
         notes = [f"A damaged checkpoint was put aside: {one}." for one in damaged]
         if progress.step:
             notes.append(f"Resuming after step {progress.step}.")
@@ -128,6 +133,14 @@ class Trainer:
         """
         self._observers = observers if self.ranks.is_main else ()
         self._tell(*self._notes)
+        try:
+            self._train()
+        finally:  # a checkpoint that is being written is good, whatever has happened since
+            if self._checkpoints is not None:
+                self._checkpoints.finish()
+            self.model.eval()
+
+    def _train(self) -> None:
         pending: StepSums | None = None
         self._meter.restart()
         for step in range(self.first_step, self.config.steps):
@@ -142,15 +155,12 @@ class Trainer:
             if sweeps or saves:
                 self._report(pending)
                 pending = None
+            if saves:  # first: whatever goes wrong in a sweep must not cost a step
+                self._save(done)
             if sweeps:
                 self._run_sweep(done, at_end)
-            if saves:
-                self._save(done)
             if self._checkpoints is not None:
                 self._checkpoints.poll()
-        if self._checkpoints is not None:
-            self._checkpoints.finish()
-        self.model.eval()
 
     def _step(self, step: int) -> StepSums:
         config = self.config
@@ -171,7 +181,8 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         positions, seconds = batch.ids.numel(), self._meter.lap()
-        return StepSums(step, figures, load, total.a, counted, positions, plan, rate, seconds, skipped)
+        sums = OnItsWay([figures, load, total.a])
+        return StepSums(step, sums, counted, positions, plan, rate, seconds, skipped)
 
     def _accumulate(self, ids: Tensor, targets: Tensor, plan: LoopPlan, counted: int) -> Contribution:
         """Gradients of this rank's share of the batch, in micro-batches; returns their sums."""
@@ -185,8 +196,8 @@ class Trainer:
             with nullcontext() if start == starts[-1] else without_sync(self._module):
                 with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
                     sums = self._module(
-                        own_ids[part].to(self.device, non_blocking=True),
-                        own_targets[part].to(self.device, non_blocking=True),
+                        self._there(own_ids[part]),
+                        self._there(own_targets[part]),
                         LoopPlan(own_loops[part], plan.grad_loops),
                     )
                 # Ranks average their gradients, hence `world`.
@@ -196,6 +207,11 @@ class Trainer:
             total = add(total, sums, plan)
         assert total is not None
         return total
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device; a GPU fetches it by itself from memory that is pinned."""
+        pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return pinned.to(self.device, non_blocking=True)
 
     def _update(self, rate: float, load: Tensor) -> None:
         set_rate(self.optimizers, rate)
@@ -208,13 +224,14 @@ class Trainer:
         """Read a step's figures, stop the run if they are not finite, and tell the observers."""
         if sums is None:
             return
-        if not sums.skipped and not sums.finite():
-            self._stop(sums)
         record = self._meter.read(sums)
+        self._skipped = self._skipped + 1 if record.skipped else 0
+        if self._skipped > _MOST_SKIPPED or not (record.skipped or record.finite):
+            self._stop(record)
         for observer in self._observers:
             observer.on_step(record)
 
-    def _stop(self, sums: StepSums) -> None:
+    def _stop(self, record: StepRecord) -> None:
         saved: list[int] = []
         if self._checkpoints is not None:
             self._checkpoints.finish()  # one that is being written is good, and would be lost
@@ -222,8 +239,8 @@ class Trainer:
             saved = self._checkpoints.steps()
         kept = f"the last good checkpoint is of step {saved[-1]}" if saved else "no checkpoint has been written yet"
         raise NonFiniteLossError(
-            f"the loss is {sums.loss} and the norm of the gradients {sums.grad_norm} at step {sums.step} "
-            f"({self.source.position(sums.step)}); {kept}. A lower learning_rate than "
+            f"the loss is {record.loss} and the norm of the gradients {record.grad_norm} at step {record.step} "
+            f"({self.source.position(record.step)}); {kept}. A lower learning_rate than "
             f"{self.config.optim.learning_rate} may help, or non_finite 'skip'"
         )
 
