@@ -54,7 +54,7 @@ class RecurrentBlock(nn.Module):
 
         Noise is meant to teach the loop to reach its answer from anywhere (path independence, Anil et al. 2022, arXiv
         2211.09961). Its size is drawn per sequence from 0 to 1, so that the zeros of inference are among what was
-        trained. On parity it did not help on every seed (docs/experiments.md).
+        trained. It helps blocks of two layers, not reliably those of one (docs/experiments.md).
         """
         if self.config.state_init == "input":
             return e
