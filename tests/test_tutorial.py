@@ -131,7 +131,7 @@ def test_what_a_hook_counts_is_what_the_model_does(model: OpenMythos) -> None:
     ffn.router_bias.normal_()
     x = torch.randn(50, 32)
     ranked = (ffn.router(x) + ffn.router_bias).topk(ffn.topk, -1).indices.flatten().bincount(minlength=4)
-    assert torch.equal(ranked, ffn.load(x))
+    assert torch.equal(ranked, ffn.load(ffn.route(x)))
 
 
 def test_a_plain_training_loop_learns_and_balances() -> None:

@@ -58,14 +58,16 @@ def _explicit(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, sink: Tensor | None, dropout: float
 ) -> Tensor:
     """Scores written out, one matrix product per key head and sequence; a single query has no mask to add."""
-    (B, Q, H, D), (_, S, K, V) = q.shape, v.shape
+    (B, Q, H, D), (K, V) = q.shape, v.shape[2:]
     G = H // K
     queries = (q * scale).view(B, Q, K, G, D).permute(0, 2, 3, 1, 4).reshape(B * K, G * Q, D)
     keys, values = k.permute(0, 2, 3, 1), v.transpose(1, 2)
     bias = mask.bias
     if sink is not None and bias is not None:  # one more key of zeros, whose bias is the sink's logit
         keys, values = F.pad(keys, (0, 1)), F.pad(values, (0, 0, 0, 1))
-        bias = _bias_with_sink(mask, sink, q).view(K, G, Q, S + 1)
+        bias = _bias_with_sink(mask, sink, q).unflatten(-3, (K, G))
+    elif bias is not None and bias.dim() == 3:  # a mask of its own for every sequence
+        bias = bias[:, None, None]
     scores = torch.bmm(queries, keys.reshape(B * K, D, -1)).view(B, K, G, Q, -1)
     if bias is not None:
         scores = scores + bias
@@ -80,18 +82,19 @@ def _explicit(
 
 
 def _bias_with_sink(mask: AttentionMask, sink: Tensor, q: Tensor) -> Tensor:
-    """The additive mask (H, Q, S + 1) with the sink's logits in its last column."""
+    """The additive mask (..., H, Q, S + 1) with the sink's logits in its last column."""
     heads, queries, keys = q.shape[2], mask.n_queries, mask.n_keys - mask.first_key
-    seen = q.new_zeros(1, 1) if mask.bias is None else mask.bias
-    logits = sink.to(q.dtype).view(heads, 1, 1).expand(heads, queries, 1)
-    return torch.cat([seen.expand(heads, queries, keys), logits], -1)
+    seen = q.new_zeros(1, 1, 1) if mask.bias is None else mask.bias.unsqueeze(-3)
+    seen = seen.expand(*seen.shape[:-3], heads, queries, keys)
+    logits = sink.to(q.dtype).view(heads, 1, 1).expand(*seen.shape[:-1], 1)
+    return torch.cat([seen, logits], -1)
 
 
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, sink: Tensor | None, dropout: float
 ) -> Tensor:
     """PyTorch's own dispatcher; the sink is one more key of zeros."""
-    bias = mask.bias
+    bias = mask.bias if mask.bias is None or mask.bias.dim() == 2 else mask.bias.unsqueeze(1)
     if sink is not None:
         k, v = F.pad(k, (0, 0, 0, 0, 0, 1)), F.pad(v, (0, 0, 0, 0, 0, 1))
         bias = _bias_with_sink(mask, sink, q)

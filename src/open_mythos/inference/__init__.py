@@ -1,0 +1,8 @@
+"""Serving a trained model: many requests at their own depths, computing only what is needed."""
+
+from open_mythos.inference.engine import Engine, Event, Stats
+from open_mythos.inference.exit import PredictionChange, StableArgmax, StateChange
+from open_mythos.inference.request import Output
+from open_mythos.inference.sampling import SamplingParams
+
+__all__ = ["Engine", "Event", "Output", "PredictionChange", "SamplingParams", "StableArgmax", "StateChange", "Stats"]

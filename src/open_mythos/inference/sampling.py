@@ -1,0 +1,106 @@
+"""How the next token of a request is chosen.
+
+Main entries: `SamplingParams`, `choose`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from open_mythos.inference.exit import ExitRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """One request's wishes; wrong ones raise `ValueError` naming the field."""
+
+    max_new_tokens: int = 64
+    n_loops: int | Literal["auto"] = "auto"
+    """The most loops of any position; "auto" is the model's `max_loop_iters`."""
+    exit_rule: ExitRule | None = None
+    """When a position stops before that, beside the model's own halting."""
+    temperature: float = 1.0
+    """0 takes the most likely token."""
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    """Tokens less likely than this share of the most likely one are out."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens already there are divided by it if positive, multiplied if negative (CTRL, arXiv 1909.05858)."""
+    stop_tokens: tuple[int, ...] = ()
+    seed: int = 0
+    logprobs: bool = False
+    """Also return the log-probability of every token, before temperature and filters."""
+
+    def __post_init__(self) -> None:
+        self._require("max_new_tokens", _integer(self.max_new_tokens, 1), "an integer of at least 1")
+        loops = self.n_loops == "auto" or _integer(self.n_loops, 1)
+        self._require("n_loops", loops, 'an integer of at least 1, or "auto"')
+        self._require("temperature", _finite(self.temperature) and self.temperature >= 0, "0 or a positive number")
+        self._require("top_k", self.top_k is None or _integer(self.top_k, 1), "None or an integer of at least 1")
+        self._require("top_p", _finite(self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]")
+        self._require("min_p", _finite(self.min_p) and 0 <= self.min_p <= 1, "a number in [0, 1]")
+        penalty = _finite(self.repetition_penalty) and self.repetition_penalty > 0
+        self._require("repetition_penalty", penalty, "a positive number")
+        self._require("seed", _integer(self.seed, 0), "an integer of at least 0")
+        self._require("stop_tokens", all(_integer(token, 0) for token in self.stop_tokens), "token ids")
+
+    def _require(self, name: str, ok: bool, accepted: str) -> None:
+        if not ok:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {accepted}")
+
+
+class Choice(NamedTuple):
+    """A token and, if asked for, its log-probability."""
+
+    token: int
+    logprob: float | None
+
+
+def choose(logits: Tensor, params: SamplingParams, seen: Tensor, random: torch.Generator) -> Choice:
+    """The next token from logits (vocab_size,), with the request's tokens so far in `seen` (length,)."""
+    logits = logits.float()
+    token = int(_token(penalised(logits, seen, params.repetition_penalty), params, random))
+    return Choice(token, float(logits.log_softmax(-1)[token]) if params.logprobs else None)
+
+
+def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits (vocab_size,) with those of `seen` tokens made less likely."""
+    if penalty == 1:
+        return logits
+    found = logits[seen]
+    return logits.scatter(0, seen, torch.where(found > 0, found / penalty, found * penalty))
+
+
+def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Probabilities (vocab_size,) after temperature, top-k, top-p and min-p, in that order."""
+    probabilities = (logits / params.temperature).softmax(-1)
+    if params.top_k is not None and params.top_k < len(probabilities):
+        least = probabilities.topk(params.top_k).values[-1]
+        probabilities = probabilities.where(probabilities >= least, 0)
+    if params.top_p < 1:
+        ordered, order = (probabilities / probabilities.sum()).sort(descending=True, stable=True)
+        enough = ordered.cumsum(0) - ordered >= params.top_p
+        probabilities = probabilities.scatter(0, order[enough], 0.0)
+    if params.min_p > 0:
+        probabilities = probabilities.where(probabilities >= params.min_p * probabilities.max(), 0)
+    return probabilities / probabilities.sum()
+
+
+def _token(logits: Tensor, params: SamplingParams, random: torch.Generator) -> Tensor:
+    if params.temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(distribution(logits, params), 1, generator=random)
+
+
+def _integer(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
