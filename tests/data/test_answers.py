@@ -87,7 +87,7 @@ def naive(name: str, length: int) -> tuple[Task, Answer]:
     return {
         "addition": (Addition(), digit_of_sum),
         "dyck": (Dyck(), validity),
-        "p_hop": (PHop(), end_of_hops(length)),
+        "p_hop": (PHop(pairs=24), end_of_hops(length)),
         "parity": (Parity(), sum_so_far(2)),
         "reverse": (Reverse(), symbol_backwards),
         "sums": (RunningSums(), sum_so_far(3)),
@@ -149,8 +149,8 @@ def test_a_walk_never_comes_back_before_it_must() -> None:
 
 
 def test_hops_beyond_the_row_are_refused() -> None:
-    with pytest.raises(ValueError, match="length is 24; it must be below the number of pairs"):
-        PHop().batch(2, 24, torch.Generator())
+    with pytest.raises(ValueError, match="length is 16; it must be below the number of pairs"):
+        PHop().batch(2, 16, torch.Generator())
 
 
 def test_no_token_of_p_hop_is_there_three_times() -> None:

@@ -24,7 +24,7 @@ class PHop:
     of a pair to that of the pair before it in its chain. Asked is where p hops end that cannot go on.
     """
 
-    pairs: int = 24
+    pairs: int = 16
 
     @property
     def vocab_size(self) -> int:
