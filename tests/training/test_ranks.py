@@ -211,7 +211,8 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_torchrun_leaves_what_one_process_leaves(tmp_path: Path) -> None:
     out, logs, one = tmp_path / "run", tmp_path / "logs", tmp_path / "one"
-    more = "--steps 6 --checkpoint-every 4 --sweep-every 3"
+    # The recipe's noise as first state is each rank's own.
+    more = "--steps 6 --checkpoint-every 4 --sweep-every 3 --model.state-init input"
     command = [*["-m", "torch.distributed.run", "--nproc-per-node", "2", "--redirects", "3", "--log-dir"], str(logs)]
     command += ["--standalone", "-m", "open_mythos", *_words(out, more)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FORCE_COLOR": "1"}  # as on a terminal: spinners turn
