@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from random import Random
 
 import pytest
 import torch
 
+from open_mythos.analysis.kv_memory import bytes_per_position
 from open_mythos.inference.engine import Engine
-from open_mythos.inference.exit import PredictionChange, StableArgmax, StateChange
-from open_mythos.inference.sampling import SamplingParams
+from open_mythos.inference.exit import LoopView, Memory, PredictionChange, StableArgmax, StateChange
+from open_mythos.inference.sampling import SamplingParams, distribution
+from open_mythos.inference.speculation import Speculation
+from open_mythos.model.cache_sharing import CacheSharing, EveryLoop, FirstLoops, Modulo
 from tiny import tiny_config, tiny_model
 
 RULES = [None, StateChange(0.3), PredictionChange(0.05), StableArgmax(2)]
@@ -144,21 +148,163 @@ def test_stop_tokens_end_a_request_and_are_its_last() -> None:
     assert stopped.finish_reason == "stop"
 
 
-def test_only_what_is_computed_is_stored() -> None:
-    """To the page: a row per position in each outer layer, and one per loop that it ran in each looped one."""
-    model = tiny_model(tiny_config(recurrent_layers=2))
-    engine = Engine(model, cache_bytes=2**20)
+@pytest.mark.parametrize("sharing", [EveryLoop(), FirstLoops(0), FirstLoops(2), Modulo(2)], ids=str)
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+def test_only_what_is_computed_is_stored(sharing: CacheSharing, attn_type: str) -> None:
+    """A row per position in each outer layer, and in each looped one as many as its loops have slots: as planned."""
+    model = tiny_model(tiny_config(attn_type, recurrent_layers=2))
+    engine = Engine(model, cache_bytes=2**20, sharing=sharing, reuse_prefixes=False)
     requests = engine._submit([[1, 2, 3, 4, 5, 6, 7]], SamplingParams(max_new_tokens=2, n_loops=6))
     while not requests[0].output.token_ids:
         engine.step()
-    table, config = requests[0].table, model.config
-    exits = table.exits[:7]
-    assert len(set(exits.tolist())) > 1
-    loops = [int((exits > t).sum()) for t in range(6)]
-    size = engine.cache.page_size
-    outer = (config.prelude_layers + config.coda_layers) * -(-7 // size)
-    pages = outer + config.recurrent_layers * sum(-(-n // size) for n in loops)
-    assert engine.stats().cache_bytes == pages * engine.cache.page_bytes
+    table = requests[0].table
+    exits = table.exits[:7].tolist()
+    assert len(set(exits)) > 1
+    pending = bytes_per_position(model.config, 0, sharing=sharing)  # the new token has been encoded
+    planned = sum(bytes_per_position(model.config, loops, sharing=sharing) for loops in exits) + pending
+    assert table.bytes_stored == planned
+    in_pages = engine.stats().cache_bytes
+    assert planned <= in_pages < planned + 2 * engine.cache.page_bytes  # a page of each kind is partly filled
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_speculation_changes_no_greedy_token(seed: int) -> None:
+    random = Random(2000 + seed)
+    model = tiny_model(_config(random), seed)
+    prompts = _prompts(random, random.randint(1, 4), model.config.vocab_size)
+    n_loops, rule = random.randint(1, 9), random.choice(RULES)
+    plain = SamplingParams(max_new_tokens=12, n_loops=n_loops, exit_rule=rule, temperature=0.0, logprobs=True)
+    speculation = Speculation(loops=random.randint(1, 5), most=random.randint(1, 5))
+    engine = Engine(model, cache_bytes=2**21, max_batch_tokens=random.choice([1, 50]))
+    expected = Engine(model, cache_bytes=2**21).generate(prompts, plain)
+    for output, other in zip(engine.generate(prompts, replace(plain, speculation=speculation)), expected, strict=True):
+        assert (output.token_ids, output.exit_loops) == (other.token_ids, other.exit_loops)
+        assert output.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    stats = engine.stats()
+    assert stats.accepted <= stats.drafted
+    assert engine.cache.pages.n_free == engine.cache.pages.n_pages
+    assert len(engine.runner.flight) == 0
+
+
+def test_accepted_loops_are_never_computed_twice() -> None:
+    """A model whose first loop decides: every guess is right, and each position runs exactly its loops."""
+    model = tiny_model(tiny_config(halting="none", window=1, vocab_size=5))
+    with torch.no_grad():
+        for block in model.recurrent.blocks:  # the state is the injection's alone, and settles at once
+            for parameter in block.parameters():
+                parameter.zero_()
+        model.recurrent.adapter.up.weight.zero_()
+        model.recurrent.loop_embedding.weight.zero_()
+    params = SamplingParams(max_new_tokens=10, n_loops=8, temperature=0.0, speculation=Speculation(loops=4, most=4))
+    engine = Engine(model, cache_bytes=2**21)
+    engine.generate([[1]], params)
+    stats = engine.stats()
+    assert stats.accepted == stats.drafted == 8
+    assert stats.loops == 10 * 8
+    assert stats.waves == 8 + 8 * 4 + 8  # the prompt; every guess; the last position
+
+
+def test_speculation_keeps_the_distribution() -> None:
+    """1500 pairs of tokens against exact probabilities: chi-square with at most 24 degrees of freedom, p > 0.0001."""
+    model = tiny_model(tiny_config(halting="none", vocab_size=5), seed=3)
+    n_loops, shape = 5, {"temperature": 1.5, "top_k": 4}
+    speculation = Speculation(loops=1, most=3)
+    params = [
+        SamplingParams(max_new_tokens=3, n_loops=n_loops, seed=seed, speculation=speculation, **shape)
+        for seed in range(1500)
+    ]
+    engine = Engine(model, cache_bytes=2**24)
+    outputs = [
+        output
+        for start in range(0, len(params), 150)  # as many as begin together: guesses wait for stragglers
+        for output in engine.generate([[1, 2, 3]] * 150, params[start : start + 150])
+    ]
+    assert 0.2 < engine.stats().accepted / engine.stats().drafted < 0.95
+    counts, expected = torch.zeros(5, 5), torch.zeros(5, 5)
+    for output in outputs:
+        counts[output.token_ids[1], output.token_ids[2]] += 1
+    plain = SamplingParams(**shape)
+    for first in range(5):
+        after = [distribution(model(torch.tensor([[1, 2, 3]]), n_loops)[0, -1], plain)[first]]
+        seconds = distribution(model(torch.tensor([[1, 2, 3, first]]), n_loops)[0, -1], plain)
+        for second in range(5):
+            thirds = distribution(model(torch.tensor([[1, 2, 3, first, second]]), n_loops)[0, -1], plain)
+            expected[second] += (after[0] * seconds[second] * thirds).detach() * len(params)
+    likely = expected > 0
+    assert counts[~likely].sum() == 0
+    assert float(((counts - expected)[likely] ** 2 / expected[likely]).sum()) < 60
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_prompts_that_begin_alike_are_computed_once(seed: int) -> None:
+    random = Random(3000 + seed)
+    model = tiny_model(_config(random), seed)
+    common = [random.randrange(17) for _ in range(40)]
+    prompts = [common[: random.randint(10, 40)] + [random.randrange(17) for _ in range(3)] for _ in range(6)]
+    params = SamplingParams(
+        max_new_tokens=4, n_loops=random.randint(1, 5), temperature=0.0, exit_rule=random.choice(RULES)
+    )
+    expected = [Engine(model, cache_bytes=2**21).generate([prompt], params)[0] for prompt in prompts]
+    engine = Engine(model, cache_bytes=random.choice([2**16, 2**21]), max_batch_tokens=random.choice([1, 60]))
+    assert engine.generate(prompts, params) == expected
+    assert engine.generate(prompts, params) == expected
+    if engine.cache.pages.n_pages > 500:
+        assert engine.stats().reused >= 6 * 16 / 2
+    engine.forget_prefixes()
+    assert engine.cache.pages.n_free == engine.cache.pages.n_pages
+
+
+def test_a_prefix_of_other_settings_is_not_taken() -> None:
+    model = tiny_model(tiny_config())
+    prompt = list(range(17)) * 2
+    shallow, deep = (SamplingParams(max_new_tokens=3, n_loops=n, temperature=0.0) for n in (1, 4))
+    engine = Engine(model, cache_bytes=2**21)
+    engine.generate([prompt], shallow)
+    assert engine.generate([prompt], deep) == Engine(model, cache_bytes=2**21).generate([prompt], deep)
+    assert engine.stats().reused == 0
+
+
+@dataclass(frozen=True)
+class _Broken:
+    """Raises once a position has run a loop."""
+
+    def exits(self, view: LoopView) -> tuple[torch.Tensor, Memory]:
+        if int(view.loop.max()) > 0:
+            raise RuntimeError("no idea")
+        return view.loop > 5, {}
+
+
+def test_an_exit_rule_that_raises_fails_its_own_request() -> None:
+    engine = _engine()
+    good = SamplingParams(max_new_tokens=3, n_loops=4, temperature=0.0)
+    (alone,) = engine.generate([[1, 2]], good)
+    outputs = engine.generate([[1, 2], [3]], [good, replace(good, exit_rule=_Broken())])
+    assert outputs[0] == alone
+    assert outputs[1].finish_reason == "error"
+    assert outputs[1].error == "exit_rule _Broken() raised RuntimeError: no idea"
+    assert engine.stats().cache_bytes == 0
+
+
+def test_a_given_continuation_is_scored() -> None:
+    model = tiny_model(tiny_config())
+    engine = Engine(model, cache_bytes=2**20)
+    text = [1, 5, 2, 8, 3, 9]
+    params = SamplingParams(max_new_tokens=5, n_loops=3, continuation=tuple(text[1:]), logprobs=True)
+    (output,) = engine.generate([text[:1]], params)
+    assert output.token_ids == text[1:]
+    expected = model(torch.tensor([text]), 3)[0].log_softmax(-1)[range(5), text[1:]]
+    assert output.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_sharing_of_loops_is_exact_where_nothing_is_shared() -> None:
+    model = tiny_model(tiny_config())
+    params = SamplingParams(max_new_tokens=6, n_loops=4, temperature=0.0)
+    expected = Engine(model, cache_bytes=2**20).generate([[1, 2, 3]], params)
+    for sharing in (FirstLoops(3), FirstLoops(9), Modulo(4), Modulo(7)):
+        assert Engine(model, cache_bytes=2**20, sharing=sharing).generate([[1, 2, 3]], params) == expected
+    shared = Engine(model, cache_bytes=2**20, sharing=FirstLoops(0))
+    (wrong,) = shared.generate([[1, 2, 3]], replace(params, speculation=Speculation()))
+    assert "every loop keeps its own" in wrong.error
 
 
 def test_the_figures() -> None:

@@ -8,10 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from open_mythos.inference.pages import OutOfPagesError, PageAllocator
-from open_mythos.inference.sampling import SamplingParams, choose, distribution, penalised
+from open_mythos.inference.sampling import Asked, Choice, SamplingParams, choose_all, distribution, penalised
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
 NOBODY = torch.tensor([], dtype=torch.int64)
+
+
+def _choose(params: SamplingParams, random: torch.Generator) -> Choice:
+    return choose_all(LOGITS.unsqueeze(0), [Asked(params, [], random)])[0]
 
 
 def test_filters_leave_the_likeliest() -> None:
@@ -33,7 +37,7 @@ def test_samples_follow_the_distribution() -> None:
     params, random = SamplingParams(top_k=4, temperature=1.3), torch.Generator().manual_seed(0)
     counts = torch.zeros(5)
     for _ in range(5000):
-        counts[choose(LOGITS, params, NOBODY, random).token] += 1
+        counts[_choose(params, random).token] += 1
     expected = distribution(LOGITS, params) * 5000
     assert counts[4] == 0
     assert float(((counts - expected)[:4] ** 2 / expected[:4]).sum()) < 21.1
@@ -46,7 +50,7 @@ def test_the_penalty_makes_what_was_there_less_likely() -> None:
 
 
 def test_log_probabilities_are_the_models_own() -> None:
-    choice = choose(LOGITS, SamplingParams(temperature=0.0, logprobs=True), NOBODY, torch.Generator())
+    choice = _choose(SamplingParams(temperature=0.0, logprobs=True), torch.Generator())
     assert choice.token == 0
     assert choice.logprob == pytest.approx(float(LOGITS.log_softmax(-1)[0]))
 

@@ -53,7 +53,7 @@ def depth_sweep(
     if not depths or depths[0] < 1:
         raise ValueError(f"loops is {list(loops)}; it must hold integers of at least 1")
     tallies: dict[tuple[int, int], _Tally] = {}
-    with evaluating(model):
+    with evaluating(model.modules()):
         for ids, targets in _pairs(batches, model.embed.weight.device):
             if ids.shape != targets.shape:
                 raise ValueError(

@@ -47,7 +47,7 @@ def halting_matrix(model: OpenMythos, ids: Tensor, n_loops: int | None = None) -
         raise ValueError(
             f"halting is {model.config.halting!r}; it must be 'act' for a model to have halting probabilities"
         )
-    with evaluating(model):
+    with evaluating(model.modules()):
         output = model(ids, n_loops, full_output=True)
     return HaltingReport(
         probabilities=tuple(map(tuple, output.halting_probabilities.float().mean(1).tolist())),

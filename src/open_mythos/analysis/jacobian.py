@@ -33,7 +33,7 @@ def jacobian_spectral_radius(
     ever. Hence the geometric mean of the growth over the last half of the iterations; its error shrinks like
     1 / iterations, and faster where one real eigenvalue dominates. `n_loops` is `max_loop_iters` by default.
     """
-    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with evaluating(model.modules()), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         step, state = _loop_at(model, ids, n_loops)
         return _mean_growth(lambda v: jvp(step, (state,), (v,))[1], _direction(state, seed), iterations)
 
@@ -45,7 +45,7 @@ def jacobian_norm(
 
     Power iteration on `J^T J`, whose eigenvalues are real: the estimate rises towards the true value from below.
     """
-    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with evaluating(model.modules()), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         step, state = _loop_at(model, ids, n_loops)
         pull_back = vjp(step, state)[1]
         growth = _mean_growth(lambda v: pull_back(jvp(step, (state,), (v,))[1])[0], _direction(state, seed), iterations)

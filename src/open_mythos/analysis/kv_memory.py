@@ -1,7 +1,7 @@
 """How many bytes of keys and values a sequence leaves in the cache.
 
 Main entries: `kv_cache_bytes` plans them from a config, `measured_cache_bytes` counts them in a cache, and
-`compare_kv_cache` does both for a GQA and an MLA model.
+`compare_kv_cache` does both for a GQA and an MLA model; `bytes_per_position` is what serving stores.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from open_mythos.config import MythosConfig
 from open_mythos.model.cache import PlainCache
+from open_mythos.model.cache_sharing import CacheSharing, EveryLoop
 from open_mythos.model.evaluation import evaluating
 from open_mythos.model.mythos import OpenMythos
 
@@ -75,12 +76,23 @@ def kv_cache_bytes(
     if exit_loops is not None:
         _check_exit_loops(exit_loops, batch, seq_len, n_loops)
     positions = batch * seq_len
-    computed = positions * n_loops if exit_loops is None else int(exit_loops.sum())
-    rows = (config.prelude_layers + config.coda_layers) * positions + config.recurrent_layers * computed
-    row = sum(prod(shape) for shape in config.cache_widths.values()) * dtype.itemsize
+    exits = [n_loops] * positions if exit_loops is None else exit_loops.flatten().tolist()
+    stored = sum(bytes_per_position(config, loops, dtype) * exits.count(loops) for loops in set(exits))
     header = _INT64 + batch * _INT32
-    stopped_early = computed < positions * n_loops
-    return rows * row + header + (positions * _INT32 if stopped_early else 0)
+    stopped_early = sum(exits) < positions * n_loops
+    return stored + header + (positions * _INT32 if stopped_early else 0)
+
+
+def bytes_per_position(
+    config: MythosConfig, n_loops: int, dtype: torch.dtype = torch.float32, sharing: CacheSharing | None = None
+) -> int:
+    """Keys and values of one position that has run `n_loops` loops, all layers, where loops share as `sharing` says.
+
+    None stands for `EveryLoop`, the only one that changes no numbers.
+    """
+    slots = (sharing or EveryLoop()).slots(n_loops)
+    rows = config.prelude_layers + config.coda_layers + config.recurrent_layers * slots
+    return rows * sum(prod(shape) for shape in config.cache_widths.values()) * dtype.itemsize
 
 
 def measured_cache_bytes(cache: PlainCache) -> int:
@@ -92,7 +104,7 @@ def _cache_size(model: OpenMythos, seq_len: int, n_loops: int) -> KVCacheSize:
     weight = model.embed.weight
     cache: PlainCache = {}
     ids = torch.arange(seq_len, device=weight.device).unsqueeze(0) % model.config.vocab_size
-    with evaluating(model), torch.no_grad():
+    with evaluating(model.modules()), torch.no_grad():
         output = model(ids, n_loops, cache, full_output=True)
     return KVCacheSize(
         measured=measured_cache_bytes(cache),

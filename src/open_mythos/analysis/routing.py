@@ -60,6 +60,6 @@ def expert_load(model: OpenMythos, ids: Tensor, n_loops: int | None = None) -> R
     """
     if model.config.n_experts == 0:
         raise ValueError("n_experts is 0; it must be at least 1 for a model to have an expert load")
-    with evaluating(model):
+    with evaluating(model.modules()):
         load = model(ids, n_loops, full_output=True).expert_load
     return RoutingReport(tuple(tuple(ExpertLoad(tuple(row)) for row in loop) for loop in load.tolist()))

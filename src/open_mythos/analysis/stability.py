@@ -91,7 +91,7 @@ def stability(model: OpenMythos, ids: Tensor, n_loops: int | None = None) -> Sta
     n_loops = model.config.max_loop_iters if n_loops is None else n_loops
     if n_loops < 1:
         raise ValueError(f"n_loops is {n_loops}; it must be at least 1")
-    with evaluating(model):
+    with evaluating(model.modules()):
         context = model.context(ids.shape[1])
         e = model.encode(ids, context)
         h = model.recurrent.initial_state(e)

@@ -4,5 +4,20 @@ from open_mythos.inference.engine import Engine, Event, Stats
 from open_mythos.inference.exit import PredictionChange, StableArgmax, StateChange
 from open_mythos.inference.request import Output
 from open_mythos.inference.sampling import SamplingParams
+from open_mythos.inference.speculation import Speculation
+from open_mythos.model.cache_sharing import EveryLoop, FirstLoops, Modulo
 
-__all__ = ["Engine", "Event", "Output", "PredictionChange", "SamplingParams", "StableArgmax", "StateChange", "Stats"]
+__all__ = [
+    "Engine",
+    "Event",
+    "EveryLoop",
+    "FirstLoops",
+    "Modulo",
+    "Output",
+    "PredictionChange",
+    "SamplingParams",
+    "Speculation",
+    "StableArgmax",
+    "StateChange",
+    "Stats",
+]

@@ -1,94 +1,142 @@
-"""Keys and values of many requests in one preallocated tensor, in pages; only what was computed is stored.
+"""Keys and values of many requests in preallocated tensors, in pages; only what was computed is stored.
 
 Main entries: `PagedCache`, `RowTable`.
 """
 
 from __future__ import annotations
 
-from math import prod
+from math import ceil, lcm, prod
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from open_mythos.config import MythosConfig
 from open_mythos.inference.pages import PageAllocator
 from open_mythos.model.cache import CacheAddress, Entries
+from open_mythos.model.cache_sharing import CacheSharing, EveryLoop
 
 Rows = NDArray[np.int64]
 
-_RUNNING = np.iinfo(np.int32).max
-"""Exit loop of a position that has not halted yet."""
+_LEAST_PER_PAGE = 16
 
 
 class PagedCache:
-    """`n_pages` pages of `page_size` rows; a row holds what one attention layer caches of one token at one loop."""
+    """Pages of rows; a row holds what one attention layer caches of one position (at one loop).
 
-    def __init__(self, config: MythosConfig, n_pages: int, page_size: int, like: Tensor) -> None:
-        """`like` gives dtype and device."""
-        self.config, self.page_size = config, page_size
-        self._shapes = config.cache_widths
-        self._sizes = [prod(shape) for shape in self._shapes.values()]
-        self.pages = PageAllocator(n_pages)
-        self._rows = like.new_zeros(n_pages * page_size, sum(self._sizes))
+    What the layers of a stage keep of a position lies in rows side by side: those of the prelude and the coda together
+    make an outer entry, those of the recurrent block at one loop a looped one. A page holds entries of one kind.
+    """
+
+    def __init__(
+        self, config: MythosConfig, cache_bytes: int, like: Tensor, sharing: CacheSharing | None = None
+    ) -> None:
+        """`like` gives dtype and device; `ValueError` where `cache_bytes` are less than one page."""
+        self.sharing = sharing or EveryLoop()
+        self.loop_width, self.outer_width = config.recurrent_layers, config.prelude_layers + config.coda_layers
+        both = lcm(self.loop_width, self.outer_width or 1)
+        self.page_rows = both * ceil(_LEAST_PER_PAGE * self.loop_width / both)
+        self._offsets = {"prelude": 0, "recurrent": 0, "coda": config.prelude_layers}
+        shapes = config.cache_widths
+        self.row_bytes = sum(map(prod, shapes.values())) * like.element_size()
+        if cache_bytes < self.page_bytes:
+            raise ValueError(f"cache_bytes is {cache_bytes}; it must be at least one page, {self.page_bytes}")
+        self.pages = PageAllocator(cache_bytes // self.page_bytes)
+        n_rows = self.pages.n_pages * self.page_rows
+        # Heads first: what is read of a head then lies in one piece, as a product over keys wants it.
+        self._entries = {name: like.new_zeros(*shape[:-1], n_rows, shape[-1]) for name, shape in shapes.items()}
 
     @property
     def page_bytes(self) -> int:
         """Of one page."""
-        return self.page_size * self._rows.shape[1] * self._rows.element_size()
+        return self.page_rows * self.row_bytes
 
     @property
     def bytes_in_use(self) -> int:
         """Of the pages that somebody holds."""
         return (self.pages.n_pages - self.pages.n_free) * self.page_bytes
 
-    def write(self, rows: Tensor, entries: Entries, valid: Tensor) -> None:
-        """Put entries (batch, seq, ...), where `valid` (batch, seq), into `rows`, in that order."""
-        packed = torch.cat([entries[name].flatten(2) for name in self._shapes], -1)
-        self._rows[rows] = packed[valid]
+    def pages_for(self, length: int, n_loops: int) -> int:
+        """The most pages that so many positions of so many loops can come to fill."""
+        looped = length * self.sharing.slots(n_loops) * self.loop_width
+        return ceil(looped / self.page_rows) + ceil(length * self.outer_width / self.page_rows)
 
-    def read(self, rows: Tensor) -> Entries:
-        """What lies in rows (batch, keys), each (batch, keys, ...)."""
-        found = self._rows[rows].split(self._sizes, -1)
-        return {name: x.unflatten(-1, shape) for x, (name, shape) in zip(found, self._shapes.items(), strict=True)}
+    def write(self, address: CacheAddress, first_rows: Tensor, new: Entries) -> None:
+        """Put a layer's entries (n, ...) where their positions' rows begin, `first_rows` (n,)."""
+        rows = first_rows + self._offset(address)
+        for name, tensor in new.items():
+            self._entries[name].index_copy_(-2, rows, tensor.movedim(0, -2))
+
+    def read(self, address: CacheAddress, first_rows: Tensor) -> Entries:
+        """Entries (batch, keys, ...) of a layer, for the positions whose rows begin at `first_rows` (batch, keys)."""
+        rows = (first_rows + self._offset(address)).flatten()
+        found = {name: tensor.index_select(-2, rows) for name, tensor in self._entries.items()}
+        return {name: x.unflatten(-2, first_rows.shape).movedim((-3, -2), (0, 1)) for name, x in found.items()}
+
+    def _offset(self, address: CacheAddress) -> int:
+        return self._offsets[address.stage] + address.layer
 
 
 class RowTable:
-    """Which rows one request has: for every layer, loop and position."""
+    """Where the rows of one request's positions begin, at most `capacity` of them and of `n_loops` loops each."""
 
-    def __init__(self, cache: PagedCache, capacity: int) -> None:
-        self._cache, self._capacity = cache, capacity
-        self.exits = np.full(capacity, _RUNNING, np.int32)
-        """(capacity,): how many loops each position has run; a huge number until it has halted."""
-        self._rows: dict[CacheAddress, Rows] = {}
-        self._open: dict[CacheAddress, list[int]] = {}
-        self._held: list[int] = []
+    def __init__(self, cache: PagedCache, capacity: int, n_loops: int) -> None:
+        self._cache = cache
+        self.outer: Rows = np.zeros(capacity, np.int64)
+        """(capacity,): the outer entry."""
+        self.looped: Rows = np.zeros((cache.sharing.slots(n_loops), capacity), np.int64)
+        """(slots, capacity): the looped entry that queries see; where a position has none of that slot, its last."""
+        self.exits = np.zeros(capacity, np.int64)
+        """(capacity,): how many loops each position has run."""
+        self._free_outer: list[int] = []
+        self._free_looped: list[int] = []
+        self.pages: list[int] = []
 
-    def place(self, address: CacheAddress, positions: Rows) -> Rows:
-        """New rows for these positions."""
-        rows = self._rows.setdefault(address, np.full(self._capacity, -1, np.int64))
-        free = self._open.setdefault(address, [])
-        while len(free) < len(positions):
-            page, size = self._cache.pages.take(), self._cache.page_size
-            self._held.append(page)
-            free.extend(range(page * size, (page + 1) * size))
-        rows[positions] = free[: len(positions)]
-        del free[: len(positions)]
-        return rows[positions]
+    def place(self, loop: int | None, positions: Rows | int) -> None:
+        """New entries for positions: of a loop, or outer ones."""
+        if loop is None:
+            if self._cache.outer_width:
+                self.outer[positions] = self._take(self._free_outer, self._cache.outer_width, positions)
+            return
+        self.exits[positions] = loop + 1
+        slot = self._cache.sharing.slot(loop)
+        if slot == loop:  # a later loop of the same slot writes over it
+            self.looped[slot:, positions] = self._take(self._free_looped, self._cache.loop_width, positions)
 
-    def find(self, address: CacheAddress, positions: Rows) -> Rows:
-        """The rows that a query at this address sees: those of each position's last active loop up to this one."""
-        if address.stage != "recurrent":
-            return self._rows[address][positions]
-        loops = np.minimum(address.loop, self.exits[positions] - 1)
-        found = np.empty(len(positions), np.int64)
-        for loop in np.unique(loops):
-            at = loops == loop
-            found[at] = self._rows[address._replace(loop=int(loop))][positions[at]]
-        return found
+    def seen(self, loop: int | None) -> Rows:
+        """Where the rows begin that queries at this loop read, (capacity,)."""
+        return self.outer if loop is None else self.looped[self._cache.sharing.slot(loop)]
+
+    def drop(self, positions: range) -> None:
+        """Free the rows of positions that turned out not to be wanted."""
+        for position in positions:
+            if self._cache.outer_width:
+                self._free_outer.append(int(self.outer[position]))
+            filled = self._cache.sharing.slots(int(self.exits[position]))
+            self._free_looped.extend(self.looped[:filled, position].tolist())
+            self.exits[position] = 0
+
+    def adopt(self, other: RowTable, n: int) -> None:
+        """Hold the pages of another table, and see the rows of its first `n` positions."""
+        self._cache.pages.share(other.pages)
+        self.pages += other.pages
+        self.outer[:n], self.looped[:, :n], self.exits[:n] = other.outer[:n], other.looped[:, :n], other.exits[:n]
+
+    @property
+    def bytes_stored(self) -> int:
+        """Of the rows that hold something, those adopted with whole pages included."""
+        free = len(self._free_outer) * self._cache.outer_width + len(self._free_looped) * self._cache.loop_width
+        return (len(self.pages) * self._cache.page_rows - free) * self._cache.row_bytes
 
     def release(self) -> None:
         """Let go of all pages."""
-        self._cache.pages.release(self._held)
-        self._held, self._rows, self._open = [], {}, {}
+        self._cache.pages.release(self.pages)
+        self.pages, self._free_outer, self._free_looped = [], [], []
+
+    def _take(self, free: list[int], width: int, positions: Rows | int) -> list[int] | int:
+        n = 1 if isinstance(positions, int) else len(positions)
+        while len(free) < n:
+            page, size = self._cache.pages.take(), self._cache.page_rows
+            self.pages.append(page)
+            free[:0] = range((page + 1) * size - width, page * size - 1, -width)
+        return free.pop() if isinstance(positions, int) else [free.pop() for _ in range(n)]

@@ -7,22 +7,25 @@ are decided per position, and a halted position is frozen.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from open_mythos.inference.cache import PagedCache, RowTable
+from open_mythos.inference.prefixes import Prefixes
 from open_mythos.inference.request import FinishReason, Output, Request
-from open_mythos.inference.runner import Runner
-from open_mythos.inference.sampling import SamplingParams, choose
+from open_mythos.inference.runner import Failure, Reading, Runner
+from open_mythos.inference.sampling import Asked, Choice, SamplingParams, choose_all, draw_draft
+from open_mythos.inference.scheduler import Job, Scheduler
+from open_mythos.model.cache_sharing import CacheSharing, EveryLoop
 from open_mythos.model.evaluation import evaluating
 from open_mythos.model.mythos import OpenMythos
 
 Prompt = Sequence[int]
-_PAGE_SIZE = 16
 
 
 class Event(NamedTuple):
@@ -47,6 +50,11 @@ class Stats:
     """Calls of the recurrent block."""
     lanes: int = 0
     """Requests in those calls, summed."""
+    reused: int = 0
+    """Positions of prompts that were known from earlier ones."""
+    drafted: int = 0
+    accepted: int = 0
+    """Guesses of speculation, and those that were right."""
     seconds: float = 0.0
     cache_bytes: int = 0
     """Of the pages in use now."""
@@ -67,35 +75,56 @@ class Stats:
         return self.lanes / self.waves if self.waves else 0.0
 
 
+class Turn(NamedTuple):
+    """Positions of a request, in these lines of the flight, whose coda is due."""
+
+    request: Request
+    lines: range
+
+
 class Engine:
     """Serves requests with one model, in a cache of at most `cache_bytes`.
 
     A request is begun while the positions being computed, those of its prompt included, are at most
-    `max_batch_tokens`; a prompt longer than that is computed when nothing else is.
+    `max_batch_tokens`; a prompt longer than that is computed when nothing else is. Pages that running requests do not
+    need keep finished prompts, unless `reuse_prefixes` is False. `sharing` says which loops keep keys and values.
     """
 
-    def __init__(self, model: OpenMythos, *, max_batch_tokens: int = 512, cache_bytes: int = 2**28) -> None:
-        if max_batch_tokens < 1:
-            raise ValueError(f"max_batch_tokens is {max_batch_tokens}; it must be at least 1")
-        self.model, self.max_batch_tokens = model, max_batch_tokens
-        one = PagedCache(model.config, 1, _PAGE_SIZE, model.embed.weight)
-        if cache_bytes < one.page_bytes:
-            raise ValueError(f"cache_bytes is {cache_bytes}; it must be at least one page, {one.page_bytes}")
-        self.cache = PagedCache(model.config, cache_bytes // one.page_bytes, _PAGE_SIZE, model.embed.weight)
+    def __init__(
+        self,
+        model: OpenMythos,
+        *,
+        max_batch_tokens: int = 512,
+        cache_bytes: int = 2**28,
+        sharing: CacheSharing | None = None,
+        reuse_prefixes: bool = True,
+    ) -> None:
+        self.model, self._modules = model, list(model.modules())
+        self.cache = PagedCache(model.config, cache_bytes, model.embed.weight, sharing)
+        self.scheduler = Scheduler(max_batch_tokens, self.cache.pages.n_pages)
         self.runner = Runner(model, self.cache)
+        self._exact = self.cache.sharing == EveryLoop()
+        self._prefixes = Prefixes(self.cache)
+        self._reuses = reuse_prefixes and self._exact
         self._stats = Stats()
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
-        self._reserved = self._submitted = 0
+        self._requests: dict[int, Request] = {}
+        """Those that have not ended."""
+        self._begun: dict[int, Request] = {}
+        self._submitted = 0
 
     @property
     def busy(self) -> bool:
         """Whether there is anything left to do."""
-        return bool(self._waiting or self._running)
+        return self.scheduler.busy
 
     def stats(self) -> Stats:
         """What has been done so far."""
         return replace(self._stats, cache_bytes=self.cache.bytes_in_use)
+
+    def forget_prefixes(self) -> None:
+        """Let go of the prompts that are kept for reuse."""
+        while self._prefixes.evict():
+            pass
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]) -> list[Output]:
         """All outputs, in the order of the prompts."""
@@ -116,36 +145,33 @@ class Engine:
                 yield event._replace(request=known[event.request])
 
     def step(self) -> list[Event]:
-        """Admit requests, run one loop of all that are looping, and give those that have halted their next token."""
+        """Begin what there is room for, then run one loop, or take next tokens from what has halted."""
         begin = time.perf_counter()
-        with torch.inference_mode(), evaluating(self.model):
-            self._admit()
-            for wave in _waves([r for r in self._running if r.loops is None]):
-                self.runner.encode(wave)
-            for wave in _waves(self._running):
-                self._count(wave)
-                self.runner.loop(wave)
-            events = []
-            for wave in _waves([r for r in self._running if r.loops is not None and not r.loops.active.any()]):
-                events += self._next_tokens(wave)
-        self._running = [request for request in self._running if request.output.finish_reason is None]
+        with torch.inference_mode(), evaluating(self._modules):
+            fresh = self._begin()
+            final, guessing, n_looping = self._due()
+            if fresh or self.scheduler.takes_turn(len(final) + len(guessing), n_looping):
+                events = self._turn(final, guessing, fresh)
+            else:
+                events = self._loop()
         self._stats.seconds += time.perf_counter() - begin
         return events
 
     def cancel(self, request: int) -> None:
         """End a request early, whatever it is doing; unknown or finished ones are left alone."""
-        for one in (*self._waiting, *self._running):
-            if one.index == request:
-                self._finish(one, "cancelled")
-        self._waiting = deque(one for one in self._waiting if one.index != request)
-        self._running = [one for one in self._running if one.index != request]
+        if request in self._requests:
+            self._finish(self._requests[request], "cancelled")
+            self.runner.flight.keep(self._still_wanted())
 
     def _submit(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]) -> list[Request]:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"params has {len(each)} entries; it must have one for each of the {len(prompts)} prompts")
         requests = [self._request(list(prompt), one) for prompt, one in zip(prompts, each, strict=True)]
-        self._waiting.extend(request for request in requests if request.output.finish_reason is None)
+        for request in requests:
+            if request.output.finish_reason is None:
+                self._requests[request.index] = request
+                self.scheduler.submit(Job(request.index, len(request.prompt), self._pages(request)))
         return requests
 
     def _request(self, prompt: list[int], params: SamplingParams) -> Request:
@@ -160,10 +186,10 @@ class Engine:
             prompt=prompt,
             params=params,
             n_loops=n_loops,
-            table=RowTable(self.cache, length),
-            reserved=self._pages(length, n_loops),
+            table=RowTable(self.cache, length, n_loops),
             output=output,
             random=torch.Generator().manual_seed(params.seed),
+            tokens=list(prompt),
         )
         wrong = self._why_not(request, length)
         if wrong is not None:
@@ -174,80 +200,169 @@ class Engine:
         config, params = self.model.config, request.params
         if not request.prompt:
             return "prompt is empty; it must have at least one token"
-        for name, tokens in (("prompt", request.prompt), ("stop_tokens", params.stop_tokens)):
+        for name, tokens in (
+            ("prompt", request.prompt),
+            ("stop_tokens", params.stop_tokens),
+            ("continuation", params.continuation or ()),
+        ):
             wrong = [token for token in tokens if not 0 <= token < config.vocab_size]
             if wrong:
                 return f"{name} has {wrong[0]}; tokens must be from 0 to vocab_size - 1 ({config.vocab_size - 1})"
         if length > config.max_seq_len:
             parts = f"prompt has {len(request.prompt)} tokens and max_new_tokens is {params.max_new_tokens}"
             return f"{parts}; together they must be at most max_seq_len ({config.max_seq_len})"
-        if request.reserved > self.cache.pages.n_pages:
-            parts = f"the request may need {request.reserved * self.cache.page_bytes} bytes of cache"
+        if params.speculation is not None and not self._exact:
+            return f"speculation needs a cache in which every loop keeps its own; sharing is {self.cache.sharing}"
+        if self._pages(request) > self.cache.pages.n_pages:
+            parts = f"the request may need {self._pages(request) * self.cache.page_bytes} bytes of cache"
             return f"{parts}; cache_bytes allows {self.cache.pages.n_pages * self.cache.page_bytes}"
         return None
 
-    def _pages(self, length: int, n_loops: int) -> int:
-        """The most pages that a request of so many positions can come to hold."""
-        c = self.model.config
-        layers = c.prelude_layers + c.coda_layers + c.recurrent_layers * n_loops
-        return layers * -(-length // self.cache.page_size)
+    def _pages(self, request: Request) -> int:
+        """The most pages that it can come to hold."""
+        return self.cache.pages_for(len(request.prompt) + request.params.max_new_tokens, request.n_loops)
 
-    def _admit(self) -> None:
+    def _begin(self) -> list[Request]:
         """In the order of arrival, as many as there is certainly room for."""
-        tokens = sum(len(request.pending) for request in self._running)
-        while self._waiting:
-            request = self._waiting[0]
-            tokens += len(request.prompt)
-            fits = tokens <= self.max_batch_tokens or not self._running
-            if not fits or self._reserved + request.reserved > self.cache.pages.n_pages:
-                return
-            self._reserved += request.reserved
-            self._running.append(self._waiting.popleft())
+        fresh, in_flight = list[Request](), len(self.runner.flight)
+        while (job := self.scheduler.first_in_line()) is not None and self.scheduler.has_room(job, in_flight):
+            while not self.scheduler.has_pages(job, self._prefixes.n_pages) and self._prefixes.evict():
+                pass
+            if not self.scheduler.has_pages(job, self._prefixes.n_pages):
+                break
+            request = self._requests[self.scheduler.begin().request]
+            if self._reuses:
+                request.done = self._prefixes.adopt(request.prompt, _settings(request), request.table)
+                request.encoded = request.done
+                self._stats.reused += request.done
+            in_flight += len(request.pending)
+            self._begun[request.index] = request
+            fresh.append(request)
+        return fresh
 
-    def _next_tokens(self, wave: Sequence[Request]) -> list[Event]:
-        events = []
-        for request, logits in zip(wave, self.runner.readout(wave), strict=True):
-            seen = torch.tensor([*request.prompt, *request.output.token_ids], device=logits.device)
-            token, logprob = choose(logits, request.params, seen, request.random)
-            assert request.loops is not None
-            exit_loops = int(request.table.exits[request.loops.positions[-1]])
-            self._stats.positions += len(request.loops.positions)
-            request.loops = None
-            output = request.output
-            output.token_ids.append(token)
-            output.exit_loops.append(exit_loops)
-            if output.logprobs is not None and logprob is not None:
-                output.logprobs.append(logprob)
-            self._stats.tokens += 1
-            if token in request.params.stop_tokens:
-                self._finish(request, "stop")
-            elif len(output.token_ids) == request.params.max_new_tokens:
-                self._finish(request, "length")
-            events.append(Event(request.index, token, exit_loops, output.finish_reason))
+    def _due(self) -> tuple[list[Turn], list[Turn], int]:
+        """Whose next positions are final, whose newest is far enough for a guess, and how many requests are looping."""
+        flight = self.runner.flight
+        looping = set(flight.owner[flight.active].tolist())
+        final, guessing = list[Turn](), list[Turn]()
+        for index, (first, last) in flight.ends().items():
+            request = self._begun[index]
+            if index not in looping or not flight.active[first : first + request.turn].any():
+                final.append(Turn(request, range(first, first + request.turn)))
+            if request.params.speculation is not None and self._may_guess(request, last):
+                guessing.append(Turn(request, range(last, last + 1)))
+        return final, guessing, len(looping)
+
+    def _may_guess(self, request: Request, newest: int) -> bool:
+        speculation, flight = request.params.speculation, self.runner.flight
+        assert speculation is not None
+        if request.done < len(request.prompt) or len(request.drafts) >= speculation.most:
+            return False
+        if len(request.output.token_ids) + len(request.drafts) + 2 > request.params.max_new_tokens:
+            return False
+        if not flight.active[newest]:
+            return bool(request.drafts)  # else it is final, and needs no guess
+        return bool(flight.loop[newest] >= speculation.loops)
+
+    def _loop(self) -> list[Event]:
+        flight = self.runner.flight
+        self._stats.waves += 1
+        self._stats.loops += int(flight.active.sum())
+        self._stats.lanes += len(set(flight.owner[flight.active].tolist()))
+        events = [self._fail(failure) for failure in self.runner.loop(self._requests)]
+        self._stats.peak_cache_bytes = max(self._stats.peak_cache_bytes, self.cache.bytes_in_use)
+        flight.keep(self._still_wanted())
         return events
 
+    def _fail(self, failure: Failure) -> Event:
+        request = self._requests[failure.request]
+        request.output.error = failure.error
+        self._finish(request, "error")
+        return Event(request.index, None, None, "error")
+
+    def _turn(self, final: Sequence[Turn], guessing: Sequence[Turn], fresh: Sequence[Request]) -> list[Event]:
+        """Next tokens and guesses; then encode these, and the prompts of requests that are new."""
+        events = self._read(final, guessing) if final or guessing else []
+        read = {turn.request.index: turn.request for turn in (*final, *guessing)}
+        encoding = [r for r in (*read.values(), *fresh) if r.pending and r.index in self._begun]
+        if encoding:
+            self.runner.encode(encoding)
+        return events
+
+    def _read(self, final: Sequence[Turn], guessing: Sequence[Turn]) -> list[Event]:
+        """One call of the coda for all of them; what is final leaves the flight."""
+        flight = self.runner.flight
+        logits = self.runner.readout([Reading(turn.request.table, turn.lines) for turn in (*final, *guessing)])
+        stays = np.ones(len(flight), np.bool_)
+        for turn in final:
+            stays[turn.lines.start : turn.lines.stop] = False
+        exits = [int(flight.loop[turn.lines[-1]]) for turn in final]
+        choices = choose_all(logits[: len(final)], [_asked(turn.request) for turn in final])
+        events = [
+            self._next_token(turn.request, choice, exit_loops, stays)
+            for turn, choice, exit_loops in zip(final, choices, exits, strict=True)
+        ]
+        for (request, _), line in zip(guessing, logits[len(final) :], strict=True):
+            if request.index in self._begun and not request.pending:
+                draft = draw_draft(line, Asked(request.params, request.tokens, request.random))
+                request.drafts.append(draft)
+                request.tokens.append(draft.token)
+                self._stats.drafted += 1
+        flight.keep(stays & self._still_wanted())
+        return events
+
+    def _next_token(self, request: Request, choice: Choice, exit_loops: int, stays: NDArray[np.bool_]) -> Event:
+        """Take the token after a request's final positions; guesses stand if it is the first of them."""
+        output, params, n_done = request.output, request.params, request.turn
+        self._stats.positions += n_done
+        self._stats.tokens += 1
+        request.done += n_done
+        if self._reuses and request.done == len(request.prompt):
+            self._prefixes.add(request.prompt, _settings(request), request.table, request.n_loops)
+        output.token_ids.append(choice.token)
+        output.exit_loops.append(exit_loops)
+        if output.logprobs is not None and choice.logprob is not None:
+            output.logprobs.append(choice.logprob)
+        if request.drafts and request.drafts[0].token == choice.token:
+            request.drafts.pop(0)
+            self._stats.accepted += 1
+        else:
+            self._drop_guesses(request, stays)
+            request.tokens.append(choice.token)
+        if choice.token in params.stop_tokens:
+            self._finish(request, "stop")
+        elif len(output.token_ids) == params.max_new_tokens:
+            self._finish(request, "length")
+        return Event(request.index, choice.token, exit_loops, output.finish_reason)
+
+    def _drop_guesses(self, request: Request, stays: NDArray[np.bool_]) -> None:
+        flight = self.runner.flight
+        stays[(flight.owner == request.index) & (flight.position >= request.done)] = False
+        request.table.drop(range(request.done, request.encoded))
+        request.encoded = request.done
+        request.drafts.clear()
+        del request.tokens[request.done :]
+
+    def _still_wanted(self) -> NDArray[np.bool_]:
+        """Which lines of the flight belong to requests that have not ended."""
+        return np.isin(self.runner.flight.owner, list(self._begun))
+
     def _finish(self, request: Request, reason: FinishReason) -> None:
-        if request in self._running:
-            self._reserved -= request.reserved
+        """Free all that it holds but for its lines of the flight."""
+        self.scheduler.end(request.index)
         request.table.release()
-        request.output.finish_reason, request.loops = reason, None
-
-    def _count(self, wave: Sequence[Request]) -> None:
-        self._stats.waves += 1
-        self._stats.lanes += len(wave)
-        self._stats.loops += sum(int(r.loops.active.sum()) for r in wave if r.loops is not None)
-        self._stats.peak_cache_bytes = max(self._stats.peak_cache_bytes, self.cache.bytes_in_use)
+        request.output.finish_reason = reason
+        del self._requests[request.index]
+        self._begun.pop(request.index, None)
 
 
-def _waves(requests: Sequence[Request]) -> list[list[Request]]:
-    """Single positions together, whatever their request, place and loop; every prompt by itself."""
-    single = [request for request in requests if _width(request) == 1]
-    return [*([single] if single else []), *([request] for request in requests if _width(request) > 1)]
+def _asked(request: Request) -> Asked:
+    """What choosing the token after a request's final positions takes."""
+    seen = request.tokens[: request.done + request.turn]
+    n_new = len(request.output.token_ids)
+    return Asked(request.params, seen, request.random, n_new, next(iter(request.drafts), None))
 
 
-def _width(request: Request) -> int:
-    return (
-        len(request.pending)
-        if request.loops is None
-        else int(request.loops.active.sum()) or len(request.loops.positions)
-    )
+def _settings(request: Request) -> Hashable:
+    """What a prompt's rows depend on beside its tokens."""
+    return request.n_loops, request.params.exit_rule

@@ -17,8 +17,10 @@ Memory = dict[str, Tensor]
 
 
 class LoopView(NamedTuple):
-    """What a rule may look at after a loop, for n positions."""
+    """What a rule may look at after a loop, for n positions, each at its own loop."""
 
+    loop: Tensor
+    """(n,): which loop it was, from 0."""
     before: Tensor
     """(n, dim): the state that went in."""
     after: Tensor
@@ -26,11 +28,11 @@ class LoopView(NamedTuple):
     readout: Callable[[], Tensor]
     """Logits (n, vocab_size) of the states that came out, without the coda; costs a product with the head."""
     memory: Memory
-    """What the rule returned after the loop before; empty after the first."""
+    """What the rule returned after the loop before, zeros for positions in their first; empty if all of them are."""
 
 
 class ExitRule(Protocol):
-    """Decides for each position alone, so that company changes nothing."""
+    """Decides for each position alone, so that company changes nothing. Rules that are equal are asked together."""
 
     def exits(self, view: LoopView) -> tuple[Tensor, Memory]:
         """(n,) bool, True where the position stops, and what to remember."""
@@ -62,10 +64,8 @@ class PredictionChange:
 
     def exits(self, view: LoopView) -> tuple[Tensor, Memory]:
         now = view.readout().float().log_softmax(-1)
-        if not view.memory:
-            return torch.zeros(len(now), dtype=torch.bool, device=now.device), {"prediction": now}
-        divergence = (now.exp() * (now - view.memory["prediction"])).sum(-1)
-        return divergence < self.tolerance, {"prediction": now}
+        divergence = (now.exp() * (now - view.memory.get("prediction", now))).sum(-1)
+        return (divergence < self.tolerance) & (view.loop > 0), {"prediction": now}
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,8 @@ class StableArgmax:
 
     def exits(self, view: LoopView) -> tuple[Tensor, Memory]:
         best = view.readout().argmax(-1)
-        runs = torch.ones_like(best)
-        if view.memory:
-            runs = torch.where(best == view.memory["best"], view.memory["runs"] + 1, runs)
+        same = (best == view.memory.get("best", best)) & (view.loop > 0)
+        runs = torch.where(same, view.memory.get("runs", torch.zeros_like(best)), 0) + 1
         return runs >= self.loops, {"best": best, "runs": runs}
 
 

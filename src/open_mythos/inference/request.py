@@ -8,14 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from open_mythos.inference.cache import Rows, RowTable
-from open_mythos.inference.exit import Memory
+from open_mythos.inference.cache import RowTable
 from open_mythos.inference.sampling import SamplingParams
+from open_mythos.inference.speculation import Draft
 
 FinishReason = Literal["length", "stop", "cancelled", "error"]
 
@@ -34,27 +31,6 @@ class Output:
 
 
 @dataclass
-class Loops:
-    """The positions that a request is computing now, and how far each is."""
-
-    positions: Rows
-    """(n,): all of them."""
-    h: Tensor
-    """(n, dim): the state."""
-    e: Tensor
-    """(n, dim): the encoded input."""
-    mass: Tensor
-    """(n,): halting probability spent."""
-    output: Tensor
-    """(n, dim): the mean of states so far, weighed by it."""
-    active: NDArray[np.bool_]
-    """(n,): which have not halted."""
-    t: int = 0
-    memory: Memory = field(default_factory=dict)
-    """The exit rule's, of active positions."""
-
-
-@dataclass
 class Request:
     """What the engine knows of a request."""
 
@@ -63,19 +39,22 @@ class Request:
     params: SamplingParams
     n_loops: int
     table: RowTable
-    reserved: int
-    """Pages set aside for it at most."""
     output: Output
     random: torch.Generator
-    loops: Loops | None = None
-    """None while its next tokens have not been encoded."""
+    tokens: list[int]
+    """The prompt, the new tokens, and the drafts after them."""
+    encoded: int = 0
+    """How many of them the model has encoded."""
+    done: int = 0
+    """How many positions are final."""
+    drafts: list[Draft] = field(default_factory=list)
 
     @property
     def pending(self) -> list[int]:
-        """Tokens that have not been through the model."""
-        return self.output.token_ids[-1:] or self.prompt
+        """Tokens that have not been encoded."""
+        return self.tokens[self.encoded :]
 
     @property
-    def first_position(self) -> int:
-        """Where the pending tokens begin."""
-        return len(self.prompt) + len(self.output.token_ids) - 1 if self.output.token_ids else 0
+    def turn(self) -> int:
+        """How many positions become final together, next: what is left of the prompt, or one."""
+        return max(1, len(self.prompt) - self.done)

@@ -5,17 +5,34 @@ Main entry: `Runner`. It calls the model's own three stages and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from open_mythos.inference.cache import PagedCache
-from open_mythos.inference.exit import LoopView, Memory
-from open_mythos.inference.request import Loops, Request
+from open_mythos.inference.cache import PagedCache, RowTable
+from open_mythos.inference.exit import ExitRule, LoopView
+from open_mythos.inference.flight import Flight, Ints
+from open_mythos.inference.request import Request
 from open_mythos.inference.wave import Lane, WaveContext
 from open_mythos.model.mythos import OpenMythos
+
+
+class Reading(NamedTuple):
+    """Positions of a request whose coda is to be computed, from the states in these lines of the flight."""
+
+    table: RowTable
+    lines: range
+
+
+class Failure(NamedTuple):
+    """A request that cannot go on, and why."""
+
+    request: int
+    error: str
 
 
 class Runner:
@@ -24,87 +41,134 @@ class Runner:
     def __init__(self, model: OpenMythos, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
         self._like = model.embed.weight
+        self.flight = Flight(model.config.dim, self._like)
 
     def encode(self, requests: Sequence[Request]) -> None:
-        """Give each request the first state of its pending tokens."""
-        pending = [np.arange(r.first_position, r.first_position + len(r.pending)) for r in requests]
-        context = self._context([Lane(r.table, at, 0) for r, at in zip(requests, pending, strict=True)])
-        ids = torch.zeros(context.valid.shape, dtype=torch.int64)
-        for row, request in zip(ids, requests, strict=True):
-            row[: len(request.pending)] = torch.tensor(request.pending)
-        e = self.model.encode(ids.to(self._like.device), context)
+        """Put the positions of each request that have not been encoded yet into the flight."""
+        requests = sorted(requests, key=lambda request: len(request.pending) > 1)
+        places = [np.arange(r.encoded, len(r.tokens)) for r in requests]
+        lanes = [Lane(r.table, r.encoded if len(at) == 1 else at, None) for r, at in zip(requests, places, strict=True)]
+        ids = torch.tensor([[token for r in requests for token in r.pending]], device=self._like.device)
+        e = self.model.encode(ids, self._context(lanes))
         h = self.model.recurrent.initial_state(e)
-        for request, at, own_e, own_h in zip(requests, pending, e, h, strict=True):
-            n = len(at)
-            mass, output = own_e.new_zeros(n), torch.zeros_like(own_e[:n])
-            request.loops = Loops(at, own_h[:n], own_e[:n], mass, output, np.ones(n, bool))
+        counts = [len(at) for at in places]
+        owner, most = np.array([r.index for r in requests]), np.array([r.n_loops for r in requests])
+        self.flight.add(np.repeat(owner, counts), np.concatenate(places), np.repeat(most, counts), h[0], e[0])
+        for request in requests:
+            request.encoded = len(request.tokens)
 
-    def loop(self, requests: Sequence[Request]) -> None:
-        """One loop of every request's active positions, each request at its own loop; some then halt."""
-        lanes = [_lane(request) for request in requests]
+    def loop(self, requests: Mapping[int, Request]) -> list[Failure]:
+        """One loop of every position that has not halted, each at its own loop; some then halt."""
+        flight = self.flight
+        singles, blocks = flight.runs()
+        single = zip(*(x[singles].tolist() for x in (flight.owner, flight.position, flight.loop)), strict=True)
+        lanes = [Lane(requests[owner].table, position, loop) for owner, position, loop in single]
+        for run in blocks:
+            lanes.append(
+                Lane(requests[int(flight.owner[run[0]])].table, flight.position[run], int(flight.loop[run[0]]))
+            )
+        lines = np.concatenate([singles, *blocks])
+        index = None if len(lines) == len(flight) and (lines[1:] > lines[:-1]).all() else self._there(lines)
+        h, e = _of(flight.h, index), _of(flight.e, index)
+        t = self._there(flight.loop[lines])
         context = self._context(lanes)
-        h, e = (context.new_states([getattr(_loops(r), name)[_active(r)] for r in requests]) for name in ("h", "e"))
-        own = torch.tensor([lane.loop for lane in lanes], device=h.device).view(-1, 1, 1)
-        new = self.model.recurrent.step(h, e, 0, context, own_index=own)
-        act = self.model.recurrent.act
-        p = new.new_zeros(new.shape[:2]) if act is None else act(new)
-        for index, request in enumerate(requests):
-            n = len(lanes[index].positions)
-            self._settle(request, new[index, :n], p[index, :n])
+        new = self.model.recurrent.step(h[None], e[None], 0, context, own_index=t.view(1, -1, 1))[0]
+        failures = self._settle(requests, lines, index, t, h, new)
+        flight.loop[lines] += 1
+        return failures
 
-    def readout(self, requests: Sequence[Request]) -> Tensor:
-        """Logits (requests, vocab_size) of the last pending position of each; all its positions have halted."""
-        context = self._context([Lane(r.table, _loops(r).positions, 0) for r in requests])
-        states = context.new_states([_loops(r).output for r in requests])
-        features = self.model.features(states, context)
-        last = torch.tensor([len(_loops(r).positions) - 1 for r in requests], device=features.device)
-        chosen = features[torch.arange(len(requests), device=features.device), last]
-        return torch.nn.functional.linear(chosen, self.model.head_weight)
+    def readout(self, readings: Sequence[Reading]) -> Tensor:
+        """Logits (readings, vocab_size) after each reading's last position."""
+        flight = self.flight
+        order = sorted(range(len(readings)), key=lambda i: len(readings[i].lines) > 1)
+        ordered = [readings[i] for i in order]
+        lines = np.concatenate([np.arange(r.lines.start, r.lines.stop) for r in ordered])
+        lanes = []
+        for table, own in ordered:
+            positions = flight.position[own.start : own.stop]
+            lanes.append(Lane(table, int(positions[0]) if len(own) == 1 else positions, None))
+        states = self._outputs()[self._there(lines)]
+        features = self.model.features(states[None], self._context(lanes, place=False))[0]
+        last = np.cumsum([len(r.lines) for r in ordered]) - 1
+        return linear(features[self._there(last[np.argsort(order)])], self.model.head_weight)
 
-    def _context(self, lanes: Sequence[Lane]) -> WaveContext:
-        return WaveContext(self.model.config, self.cache, lanes, self._like)
-
-    def _settle(self, request: Request, after: Tensor, p: Tensor) -> None:
-        """Weigh the states after a loop, as `ACTAccumulator` does, and halt who is done."""
-        loops, active = _loops(request), _active(request)
-        before = loops.h[active]
-        rule_stops, memory = self._ask_rule(request, before, after)
-        last = loops.t + 1 == request.n_loops
-        loops.h = loops.h.index_put((active,), after)
+    def _outputs(self) -> Tensor:
+        """What the coda reads of every line, were this its last loop."""
+        flight = self.flight
         if self.model.recurrent.act is None:
-            stops = rule_stops | last
-            loops.output = loops.h
-        else:
-            mass = loops.mass[active]
-            stops = (mass + p >= self.model.config.act_threshold) | rule_stops | last
+            return flight.h
+        rest = (1 - flight.mass) * self._there(flight.active)
+        return torch.addcmul(flight.output, rest.unsqueeze(-1), flight.h)
+
+    def _settle(
+        self,
+        requests: Mapping[int, Request],
+        lines: Ints,
+        index: Tensor | None,
+        t: Tensor,
+        before: Tensor,
+        after: Tensor,
+    ) -> list[Failure]:
+        """Weigh the states after a loop, as `ACTAccumulator` does, and halt who is done."""
+        flight, act = self.flight, self.model.recurrent.act
+        stops = self._there(flight.loop[lines] + 1 >= flight.most[lines])
+        failures = self._ask_rules(requests, lines, t, before, after, stops)
+        flight.h = _put(flight.h, index, after)
+        if act is not None:
+            p, mass = act(after), _of(flight.mass, index)
+            stops |= mass + p >= self.model.config.act_threshold
             weight = torch.where(stops, 1 - mass, p)
-            loops.mass = loops.mass.index_put((active,), mass + weight)
-            mean = torch.addcmul(loops.output[active], weight.unsqueeze(-1), after)
-            loops.output = loops.output.index_put((active,), mean)
-        loops.t += 1
-        halted = stops.cpu().numpy()
-        request.table.exits[loops.positions[loops.active][halted]] = loops.t
-        loops.active[np.flatnonzero(loops.active)[halted]] = False
-        loops.memory = {name: kept[~stops] for name, kept in memory.items()}
+            flight.mass = _put(flight.mass, index, mass + weight)
+            output = torch.addcmul(_of(flight.output, index), weight.unsqueeze(-1), after)
+            flight.output = _put(flight.output, index, output)
+        flight.active[lines] = ~stops.cpu().numpy()
+        return failures
 
-    def _ask_rule(self, request: Request, before: Tensor, after: Tensor) -> tuple[Tensor, Memory]:
-        rule = request.params.exit_rule
-        if rule is None:
-            return torch.zeros(len(after), dtype=torch.bool, device=after.device), {}
-        readout = lambda: torch.nn.functional.linear(self.model.norm(after), self.model.head_weight)  # noqa: E731
-        return rule.exits(LoopView(before, after, readout, _loops(request).memory))
+    def _ask_rules(
+        self, requests: Mapping[int, Request], lines: Ints, t: Tensor, before: Tensor, after: Tensor, stops: Tensor
+    ) -> list[Failure]:
+        """Set `stops` where an exit rule says so; a rule that raises fails the requests that have it, and no others."""
+        flight, failures = self.flight, list[Failure]()
+        asking: dict[ExitRule, list[int]] = {}
+        for i, owner in enumerate(flight.owner[lines].tolist()):
+            rule = requests[owner].params.exit_rule
+            if rule is not None:
+                asking.setdefault(rule, []).append(i)
+        for rule, who in asking.items():
+            own, mine = torch.tensor(who, device=after.device), self._there(lines[who])
+            kept = flight.memory.get(rule, {})
+            view = LoopView(
+                loop=t[own],
+                before=before[own],
+                after=after[own],
+                readout=lambda own=own: linear(self.model.norm(after[own]), self.model.head_weight),  # type: ignore[misc]
+                memory={name: x[mine] for name, x in kept.items()} if bool((t[own] > 0).any()) else {},
+            )
+            try:
+                exits, memory = rule.exits(view)
+                stops[own] |= exits
+            except Exception as error:  # the rule may be anybody's code
+                for owner in sorted(set(flight.owner[lines[who]].tolist())):
+                    failures.append(Failure(owner, f"exit_rule {rule!r} raised {type(error).__name__}: {error}"))
+                continue
+            flight.memory[rule] = {name: _scatter(kept.get(name), mine, x, len(flight)) for name, x in memory.items()}
+        return failures
+
+    def _context(self, lanes: Sequence[Lane], *, place: bool = True) -> WaveContext:
+        return WaveContext(self.model.config, self.cache, lanes, self._like, place=place)
+
+    def _there(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._like.device)
 
 
-def _lane(request: Request) -> Lane:
-    loops = _loops(request)
-    return Lane(request.table, loops.positions[loops.active], loops.t)
+def _of(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x[index]
 
 
-def _active(request: Request) -> Tensor:
-    loops = _loops(request)
-    return torch.from_numpy(np.flatnonzero(loops.active)).to(loops.h.device)
+def _put(x: Tensor, index: Tensor | None, values: Tensor) -> Tensor:
+    return values if index is None else x.index_copy(0, index, values)
 
 
-def _loops(request: Request) -> Loops:
-    assert request.loops is not None
-    return request.loops
+def _scatter(kept: Tensor | None, index: Tensor, values: Tensor, n: int) -> Tensor:
+    whole = values.new_zeros(n, *values.shape[1:]) if kept is None else kept
+    return whole.index_copy(0, index, values)

@@ -1,11 +1,12 @@
 """How the next token of a request is chosen.
 
-Main entries: `SamplingParams`, `choose`.
+Main entries: `SamplingParams`, `choose_all`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from open_mythos.inference.exit import ExitRule
+from open_mythos.inference.speculation import Draft, Speculation, settle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,8 @@ class SamplingParams:
     """The most loops of any position; "auto" is the model's `max_loop_iters`."""
     exit_rule: ExitRule | None = None
     """When a position stops before that, beside the model's own halting."""
+    speculation: Speculation | None = None
+    """Guess tokens from few loops and verify them with all; greedy tokens and the distribution of others stay as is."""
     temperature: float = 1.0
     """0 takes the most likely token."""
     top_k: int | None = None
@@ -32,6 +36,8 @@ class SamplingParams:
     """Tokens less likely than this share of the most likely one are out."""
     repetition_penalty: float = 1.0
     """Logits of tokens already there are divided by it if positive, multiplied if negative (CTRL, arXiv 1909.05858)."""
+    continuation: tuple[int, ...] | None = None
+    """Tokens to take whatever the model says; with `logprobs`, this scores a given text."""
     stop_tokens: tuple[int, ...] = ()
     seed: int = 0
     logprobs: bool = False
@@ -47,6 +53,10 @@ class SamplingParams:
         self._require("min_p", _finite(self.min_p) and 0 <= self.min_p <= 1, "a number in [0, 1]")
         penalty = _finite(self.repetition_penalty) and self.repetition_penalty > 0
         self._require("repetition_penalty", penalty, "a positive number")
+        hashable = self.exit_rule is None or isinstance(self.exit_rule, Hashable)
+        self._require("exit_rule", hashable, "None or a rule with a hash, such as a frozen dataclass")
+        given = self.continuation is None or len(self.continuation) >= self.max_new_tokens
+        self._require("continuation", given, f"None or at least max_new_tokens ({self.max_new_tokens}) tokens")
         self._require("seed", _integer(self.seed, 0), "an integer of at least 0")
         self._require("stop_tokens", all(_integer(token, 0) for token in self.stop_tokens), "token ids")
 
@@ -62,11 +72,57 @@ class Choice(NamedTuple):
     logprob: float | None
 
 
-def choose(logits: Tensor, params: SamplingParams, seen: Tensor, random: torch.Generator) -> Choice:
-    """The next token from logits (vocab_size,), with the request's tokens so far in `seen` (length,)."""
+class Asked(NamedTuple):
+    """What choosing a token takes beside logits."""
+
+    params: SamplingParams
+    seen: Sequence[int]
+    """The request's tokens so far."""
+    random: torch.Generator
+    n_new: int = 0
+    """How many of these are new."""
+    draft: Draft | None = None
+    """A guess to verify."""
+
+
+def choose_all(logits: Tensor, asked: Sequence[Asked]) -> list[Choice]:
+    """The next token of each request, from logits (requests, vocab_size)."""
     logits = logits.float()
-    token = int(_token(penalised(logits, seen, params.repetition_penalty), params, random))
-    return Choice(token, float(logits.log_softmax(-1)[token]) if params.logprobs else None)
+    best = logits.argmax(-1).tolist()
+    return [
+        Choice(
+            token := likeliest if _is_plain(one.params) else _choose(line, one),
+            float(line.log_softmax(-1)[token]) if one.params.logprobs else None,
+        )
+        for line, likeliest, one in zip(logits, best, asked, strict=True)
+    ]
+
+
+def draw_draft(logits: Tensor, asked: Asked) -> Draft:
+    """A guess from logits (vocab_size,)."""
+    probabilities = _probabilities(logits.float(), asked)
+    return Draft(int(torch.multinomial(probabilities, 1, generator=asked.random)), probabilities)
+
+
+def _choose(logits: Tensor, asked: Asked) -> int:
+    if asked.params.continuation is not None:
+        return asked.params.continuation[asked.n_new]
+    probabilities = _probabilities(logits, asked)
+    if asked.draft is not None:
+        return settle(asked.draft, probabilities, asked.random)
+    return int(torch.multinomial(probabilities, 1, generator=asked.random))
+
+
+def _is_plain(params: SamplingParams) -> bool:
+    return params.temperature == 0 and params.repetition_penalty == 1 and params.continuation is None
+
+
+def _probabilities(logits: Tensor, asked: Asked) -> Tensor:
+    params, logits = asked.params, logits.cpu()
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(asked.seen)
+        logits = penalised(logits, seen, params.repetition_penalty)
+    return distribution(logits, params)
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -79,6 +135,8 @@ def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities (vocab_size,) after temperature, top-k, top-p and min-p, in that order."""
+    if params.temperature == 0:
+        return torch.zeros_like(logits).index_fill_(0, logits.argmax(-1), 1.0)
     probabilities = (logits / params.temperature).softmax(-1)
     if params.top_k is not None and params.top_k < len(probabilities):
         least = probabilities.topk(params.top_k).values[-1]
@@ -90,12 +148,6 @@ def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
     if params.min_p > 0:
         probabilities = probabilities.where(probabilities >= params.min_p * probabilities.max(), 0)
     return probabilities / probabilities.sum()
-
-
-def _token(logits: Tensor, params: SamplingParams, random: torch.Generator) -> Tensor:
-    if params.temperature == 0:
-        return logits.argmax(-1)
-    return torch.multinomial(distribution(logits, params), 1, generator=random)
 
 
 def _integer(value: object, least: int) -> bool:

@@ -1,6 +1,6 @@
 """One call of the model over positions of several requests, each at its own place and loop.
 
-Main entries: `Lane`, `WaveContext`.
+Main entries: `Lane`, `WaveContext`. All positions lie side by side in one sequence; only attention tells them apart.
 """
 
 from __future__ import annotations
@@ -12,42 +12,39 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from open_mythos.config import MythosConfig
 from open_mythos.inference.cache import PagedCache, Rows, RowTable
 from open_mythos.model.cache import CacheAddress, Entries
-from open_mythos.model.context import ForwardContext
+from open_mythos.model.context import ForwardContext, Visible
 from open_mythos.model.mask import AttentionMask
 from open_mythos.model.rope import RotaryTable, rotary_table
 
 
 class Lane(NamedTuple):
-    """A request's part of a call: some of its positions, in ascending order, all at one loop."""
+    """A position of one request, or several in ascending order, at one loop; None stands for prelude and coda."""
 
     table: RowTable
-    positions: Rows
-    loop: int
+    positions: Rows | int
+    loop: int | None
 
 
-class _Keys(NamedTuple):
-    """Which keys the lanes read with one window: positions (batch, keys), and which of them are real."""
+class _Group(NamedTuple):
+    """Queries that attend in one call: `batch` lanes of as many queries each, where their keys lie, who sees what."""
 
-    positions: Rows
-    valid: NDArray[np.bool_]
+    queries: slice
+    batch: int
+    rows: Tensor
+    mask: AttentionMask
 
 
 @dataclass(frozen=True)
-class WaveMask(AttentionMask):
+class LanesMask(AttentionMask):
     """A mask of its own for every lane."""
 
-    lanes_bias: Tensor | None = None
-
-    @property
-    def first_key(self) -> int:
-        """The lanes' stores leave out by themselves what nobody sees."""
-        return 0
+    visible: Tensor
+    """(lanes, queries, keys)."""
 
     @property
     def is_causal_square(self) -> bool:
@@ -55,31 +52,39 @@ class WaveMask(AttentionMask):
         return False
 
     @cached_property
-    def parts(self) -> list[tuple[slice, slice, AttentionMask]]:
-        """Not cut."""
-        return [(slice(None), slice(None), self)]
-
-    @cached_property
     def bias(self) -> Tensor | None:
         """(lanes, queries, keys); (queries, keys) for a single lane."""
-        return self.lanes_bias
+        bias = torch.zeros(self.visible.shape, dtype=self.dtype, device=self.device)
+        bias = bias.masked_fill_(~self.visible, float("-inf"))
+        return bias[0] if len(bias) == 1 else bias
 
 
 class WaveContext(ForwardContext):
-    """A `ForwardContext` over lanes; it is its own key-value store."""
+    """A `ForwardContext` over lanes, first those of one position, all in one stage.
 
-    def __init__(self, config: MythosConfig, cache: PagedCache, lanes: Sequence[Lane], like: Tensor) -> None:
-        self.width = max(len(lane.positions) for lane in lanes)
-        super().__init__(config, self.width, like.device, like.dtype)
-        self.lanes, self.cache = lanes, cache
-        self.store = self  # type: ignore[assignment]
-        self.length = 0
-        counts = np.array([len(lane.positions) for lane in lanes])
-        self.valid = torch.from_numpy(np.arange(self.width) < counts[:, None]).to(like.device)
-        """(lanes, width): False where a lane has fewer positions than the widest."""
-        self.positions = np.stack([_padded(lane.positions, self.width) for lane in lanes])
-        self._keys: dict[int | None, _Keys] = {}
-        self._wave_masks: dict[int | None, AttentionMask] = {}
+    With `place`, the lanes' positions get new rows for what the layers keep of them; otherwise they have them.
+    """
+
+    def __init__(
+        self, config: MythosConfig, cache: PagedCache, lanes: Sequence[Lane], like: Tensor, *, place: bool = True
+    ) -> None:
+        self._window = config.outer_reach if lanes[0].loop is None else config.loop_reach
+        self._cache = cache
+        if place:
+            for table, positions, loop in lanes:
+                table.place(loop, positions)
+        singles = [(table, at, table.seen(loop)) for table, at, loop in lanes if isinstance(at, int)]
+        blocks = [(table, at, table.seen(loop)) for table, at, loop in lanes if not isinstance(at, int)]
+        alone = np.array([at for _, at, _ in singles], np.int64)
+        written = np.array([seen[at] for _, at, seen in singles], np.int64)
+        self._positions = np.concatenate([alone, *(at for _, at, _ in blocks)])
+        super().__init__(config, len(self._positions), like.device, like.dtype)
+        self._written = self._there(np.concatenate([written, *(seen[at] for _, at, seen in blocks)]))
+        self._groups = [self._singles(alone, [seen for _, _, seen in singles])] if singles else []
+        start = len(singles)
+        for _, at, seen in blocks:
+            self._groups.append(self._block(at, seen, start))
+            start += len(at)
 
     @cached_property
     def rotary(self) -> RotaryTable | None:
@@ -87,59 +92,54 @@ class WaveContext(ForwardContext):
         c = self._config
         if not c.use_rope:
             return None
-        return rotary_table(torch.from_numpy(self.positions).to(self.device), c.rotary_dim, c.rotary_base, self.dtype)
+        return rotary_table(self._there(self._positions), c.rotary_dim, c.rotary_base, self.dtype, c.rotary_heads)
 
-    def mask(self, window: int | None) -> AttentionMask:
-        """Each lane's own."""
-        if window not in self._wave_masks:
-            keys = self._keys_of(window)
-            queries = self.positions[:, :, None]
-            seen = keys.valid[:, None, :] & (keys.positions[:, None, :] <= queries)
-            if window is not None:
-                seen &= keys.positions[:, None, :] > queries - window
-            bias = torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(torch.from_numpy(~seen), float("-inf"))
-            bias = bias.to(self.device)
-            self._wave_masks[window] = WaveMask(
-                self.width,
-                keys.positions.shape[1],
-                None,
-                self.device,
-                self.dtype,
-                bias[0] if len(self.lanes) == 1 else bias,
-            )
-        return self._wave_masks[window]
+    def attend(
+        self,
+        address: CacheAddress,
+        queries: tuple[Tensor, ...],
+        new: Entries,
+        active: Tensor | None,
+        window: int | None,
+        over: Visible,
+    ) -> Tensor:
+        """Store what is new, then let every lane attend to what it may see, at its own loop."""
+        self._cache.write(address, self._written, {name: tensor[0] for name, tensor in new.items()})
+        heads = []
+        for group in self._groups:
+            own = tuple(q[0, group.queries].unflatten(0, (group.batch, -1)) for q in queries)
+            heads.append(over(own, self._cache.read(address, group.rows), group.mask).flatten(0, 1))
+        return (heads[0] if len(heads) == 1 else torch.cat(heads)).unsqueeze(0)
 
-    def extend(self, address: CacheAddress, new: Entries, active: Tensor | None) -> Entries:
-        """Store the lanes' new rows, and return all that their queries may see, each lane at its own loop."""
-        window = self._config.loop_reach if address.stage == "recurrent" else self._config.outer_reach
-        own = [address._replace(loop=lane.loop) if address.stage == "recurrent" else address for lane in self.lanes]
-        placed = [lane.table.place(at, lane.positions) for lane, at in zip(self.lanes, own, strict=True)]
-        self.cache.write(self._there(np.concatenate(placed)), new, self.valid)
-        keys = self._keys_of(window)
-        rows = np.zeros(keys.positions.shape, np.int64)
-        for index, (lane, at) in enumerate(zip(self.lanes, own, strict=True)):
-            real = keys.valid[index]
-            rows[index, real] = lane.table.find(at, keys.positions[index, real])
-        return self.cache.read(self._there(rows))
+    def _singles(self, positions: Rows, seen: Sequence[Rows]) -> _Group:
+        """Lanes of one position each, side by side, each with as many keys as the one that sees most."""
+        first = np.zeros_like(positions) if self._window is None else np.maximum(0, positions - self._window + 1)
+        counts = positions + 1 - first
+        width = int(counts.max())
+        rows = np.zeros((len(positions), width), np.int64)
+        for line, own, start, count in zip(rows, seen, first.tolist(), counts.tolist(), strict=True):
+            line[:count] = own[start : start + count]
+        if (counts == width).all():
+            mask = AttentionMask(1, width, None, self.device, self.dtype)
+        else:
+            visible = self._there(np.arange(width) < counts[:, None]).unsqueeze(1)
+            mask = LanesMask(1, width, None, self.device, self.dtype, visible)
+        return _Group(slice(0, len(positions)), len(positions), self._there(rows), mask)
 
-    def new_states(self, states: Sequence[Tensor]) -> Tensor:
-        """The lanes' states (n, dim) side by side, (lanes, width, dim), with zeros where a lane is narrower."""
-        return torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
+    def _block(self, positions: Rows, seen: Rows, start: int) -> _Group:
+        """A lane of several positions, some of those in between perhaps halted."""
+        n, last = len(positions), int(positions[-1])
+        first = 0 if self._window is None else max(0, int(positions[0]) - self._window + 1)
+        n_keys = last + 1 - first
+        if last + 1 - positions[0] == n:
+            mask = AttentionMask(n, n_keys, self._window, self.device, self.dtype)
+        else:
+            keys, queries = np.arange(first, last + 1), positions[:, None]
+            visible = keys <= queries
+            if self._window is not None:
+                visible &= keys > queries - self._window
+            mask = LanesMask(n, n_keys, None, self.device, self.dtype, self._there(visible[None]))
+        return _Group(slice(start, start + n), 1, self._there(seen[None, first : last + 1]), mask)
 
-    def _keys_of(self, window: int | None) -> _Keys:
-        if window not in self._keys:
-            last = np.array([lane.positions[-1] for lane in self.lanes])
-            first = np.zeros_like(last)
-            if window is not None:
-                first = np.maximum(0, np.array([lane.positions[0] for lane in self.lanes]) - window + 1)
-            width = int((last - first).max()) + 1
-            positions = first[:, None] + np.arange(width)
-            self._keys[window] = _Keys(positions, positions <= last[:, None])
-        return self._keys[window]
-
-    def _there(self, rows: Rows) -> Tensor:
-        return torch.from_numpy(rows).to(self.device)
-
-
-def _padded(positions: Rows, width: int) -> Rows:
-    return np.pad(positions, (0, width - len(positions)), mode="edge")
+    def _there(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)

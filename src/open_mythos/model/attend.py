@@ -60,25 +60,26 @@ def _explicit(
     """Scores written out, one matrix product per key head and sequence; a single query has no mask to add."""
     (B, Q, H, D), (K, V) = q.shape, v.shape[2:]
     G = H // K
-    queries = (q * scale).view(B, Q, K, G, D).permute(0, 2, 3, 1, 4).reshape(B * K, G * Q, D)
-    keys, values = k.permute(0, 2, 3, 1), v.transpose(1, 2)
-    bias = mask.bias
-    if sink is not None and bias is not None:  # one more key of zeros, whose bias is the sink's logit
-        keys, values = F.pad(keys, (0, 1)), F.pad(values, (0, 0, 0, 1))
-        bias = _bias_with_sink(mask, sink, q).unflatten(-3, (K, G))
-    elif bias is not None and bias.dim() == 3:  # a mask of its own for every sequence
-        bias = bias[:, None, None]
-    scores = torch.bmm(queries, keys.reshape(B * K, D, -1)).view(B, K, G, Q, -1)
+    # Key heads come before sequences: keys and values that lie head by head are then not copied.
+    queries = (q * scale).view(B, Q, K, G, D).permute(2, 0, 3, 1, 4).reshape(K * B, G * Q, D)
+    keys, values = k.permute(2, 0, 3, 1), v.permute(2, 0, 1, 3)
+    bias, own = mask.bias, sink
+    if bias is not None and bias.dim() == 3:  # a mask of its own for every sequence
+        bias = bias[:, None]
+    elif sink is not None and bias is not None:  # one more key of zeros, whose bias is the sink's logit
+        keys, values, own = F.pad(keys, (0, 1)), F.pad(values, (0, 0, 0, 1)), None
+        bias = _bias_with_sink(mask, sink, q).view(K, 1, G, Q, -1)
+    scores = torch.bmm(queries, keys.reshape(K * B, D, -1)).view(K, B, G, Q, -1)
     if bias is not None:
         scores = scores + bias
-    elif sink is not None:
-        scores = torch.cat([scores, sink.to(q.dtype).view(K, G, 1, 1).expand(B, K, G, Q, 1)], -1)
+    if own is not None:
+        scores = torch.cat([scores, own.to(q.dtype).view(K, 1, G, 1, 1).expand(K, B, G, Q, 1)], -1)
     weights = scores.softmax(-1)
     if dropout > 0:
         weights = F.dropout(weights, dropout)
-    values = values.reshape(B * K, -1, V)
-    out = torch.bmm(weights.view(B * K, G * Q, -1)[..., : values.shape[1]], values)
-    return out.view(B, K, G, Q, V).permute(0, 3, 1, 2, 4).reshape(B, Q, H, V)
+    values = values.reshape(K * B, -1, V)
+    out = torch.bmm(weights.view(K * B, G * Q, -1)[..., : values.shape[1]], values)
+    return out.view(K, B, G, Q, V).permute(1, 3, 0, 2, 4).reshape(B, Q, H, V)
 
 
 def _bias_with_sink(mask: AttentionMask, sink: Tensor, q: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.model.attend import attend
-from open_mythos.model.cache import STANDALONE, CacheAddress
+from open_mythos.model.cache import STANDALONE, CacheAddress, Entries
 from open_mythos.model.context import ForwardContext
+from open_mythos.model.mask import AttentionMask
 from open_mythos.model.norm import rms_norm
 from open_mythos.model.rope import apply_rotary
 
@@ -43,11 +44,13 @@ class GQAttention(nn.Module):
         context = context or ForwardContext(self.config, x.shape[1], x.device, x.dtype)
         qk, v = self._project(x, context)
         q, k = qk.split([self.n_heads, self.n_kv_heads], -2)
-        seen = context.store.extend(address, {"k": k, "v": v}, active)
-        dropout = self.config.dropout if self.training else 0.0
-        mask = context.mask(self.window)
-        heads = attend(q, seen["k"], seen["v"], mask, scale=self.head_dim**-0.5, sink=self.sink, dropout=dropout)
+        heads = context.attend(address, (q,), {"k": k, "v": v}, active, self.window, self._over)
         return self.out(heads.flatten(-2))
+
+    def _over(self, queries: tuple[Tensor, ...], seen: Entries, mask: AttentionMask) -> Tensor:
+        (q,) = queries
+        dropout = self.config.dropout if self.training else 0.0
+        return attend(q, seen["k"], seen["v"], mask, scale=self.head_dim**-0.5, sink=self.sink, dropout=dropout)
 
     def _project(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """Queries and keys side by side, (batch, seq, n_heads + n_kv_heads, head_dim), and values."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
-from open_mythos.model.cache import CacheAddress, KVStore, PassStore
+from open_mythos.model.cache import CacheAddress, Entries, KVStore, PassStore
 from open_mythos.model.mask import AttentionMask
 from open_mythos.model.rope import RotaryTable, rotary_table, rotation_matrices
 from open_mythos.model.vectors import Array
@@ -25,6 +25,10 @@ class Injected(NamedTuple):
     e: Tensor
     a: Tensor
     be: Tensor
+
+
+Visible = Callable[[tuple[Tensor, ...], Entries, AttentionMask], Tensor]
+"""What attention is, given queries (batch, queries, ...), entries (batch, keys, ...), and who of them sees whom."""
 
 
 class Layer(Protocol):
@@ -87,6 +91,18 @@ class ForwardContext:
             n_keys = self.store.length + self.n_new
             self._masks[window] = AttentionMask(self.n_new, n_keys, window, self.device, self.dtype)
         return self._masks[window]
+
+    def attend(
+        self,
+        address: CacheAddress,
+        queries: tuple[Tensor, ...],
+        new: Entries,
+        active: Tensor | None,
+        window: int | None,
+        over: Visible,
+    ) -> Tensor:
+        """What `over` makes of all that the queries may see, once what is `new` (batch, seq, ...) has been stored."""
+        return over(queries, self.store.extend(address, new, active), self.mask(window))
 
     def stacked_load(self) -> Tensor | None:
         """`expert_load` as one tensor, (loops, layers, experts); None where nobody asked or there are no experts."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from open_mythos.config import MythosConfig
 from open_mythos.model.attend import attend
-from open_mythos.model.cache import STANDALONE, CacheAddress
+from open_mythos.model.cache import STANDALONE, CacheAddress, Entries
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.mask import AttentionMask
 from open_mythos.model.norm import RMSNorm
@@ -57,10 +57,13 @@ class MLAttention(nn.Module):
             rotated = apply_rotary(torch.cat([q_rope, k_rope.unsqueeze(-2)], -2), context.rotary)
             q_rope, k_rope = rotated[..., :-1, :], rotated[..., -1, :]
         latent = torch.cat([self.kv_norm(c_kv), k_rope], -1)
-        seen = context.store.extend(address, {"latent": latent}, active)["latent"]
-        mask = context.mask(self.window)
+        heads = context.attend(address, (q_nope, q_rope), {"latent": latent}, active, self.window, self._over)
+        return self.out(heads.flatten(-2))
+
+    def _over(self, queries: tuple[Tensor, ...], seen: Entries, mask: AttentionMask) -> Tensor:
+        q_nope, q_rope = queries
         attend_here = self._attend_absorbed if self._absorbing_is_cheaper(mask) else self._attend_rebuilt
-        return self.out(attend_here(q_nope, q_rope, seen, mask).flatten(-2))
+        return attend_here(q_nope, q_rope, seen["latent"], mask)
 
     def _absorbing_is_cheaper(self, mask: AttentionMask) -> bool:
         """Compare multiplications per head: latent-space attention is wider, rebuilding keys and values is per key."""

@@ -179,7 +179,7 @@ class OpenMythos(nn.Module):
         (batch, seq + max_new_tokens).
         """
         check_sampling(ids, max_new_tokens, temperature, top_k, self.config)
-        with torch.inference_mode(), evaluating(self):
+        with torch.inference_mode(), evaluating(self.modules()):
             new = list(self._tokens(ids, max_new_tokens, n_loops, temperature, top_k, generator))
         return torch.cat([ids, *new], 1)
 
@@ -197,7 +197,7 @@ class OpenMythos(nn.Module):
         check_sampling(ids, max_new_tokens, temperature, top_k, self.config)
         tokens = self._tokens(ids, max_new_tokens, n_loops, temperature, top_k, generator)
         for _ in range(max_new_tokens):
-            with torch.inference_mode(), evaluating(self):
+            with torch.inference_mode(), evaluating(self.modules()):
                 new = next(tokens)
             yield new.clone()  # a tensor of inference mode could not be trained on
 

@@ -1,0 +1,83 @@
+"""The positions that are being computed, of all requests, in one structure of arrays.
+
+Main entry: `Flight`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+class Flight:
+    """One line per position: whose it is, where, how far it has come, and its state.
+
+    Lines of one request are in ascending order of position; those that were encoded together lie side by side.
+    """
+
+    def __init__(self, dim: int, like: Tensor) -> None:
+        """`like` gives dtype and device."""
+        self.owner: Ints = np.empty(0, np.int64)
+        """Index of the request."""
+        self.position: Ints = np.empty(0, np.int64)
+        self.loop: Ints = np.empty(0, np.int64)
+        """How many loops it has run."""
+        self.most: Ints = np.empty(0, np.int64)
+        """How many it may run."""
+        self.active: Bools = np.empty(0, np.bool_)
+        """False once it has halted."""
+        empty = like.new_empty(0, dim)
+        self.h, self.e, self.output, self.mass = empty, empty, empty, empty[:, 0]
+        """State, encoded input, mean of states so far (lines, dim); halting probability spent (lines,)."""
+        self.memory: dict[object, dict[str, Tensor]] = {}
+        """What each exit rule remembers, (lines, ...)."""
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def add(self, owner: Ints, position: Ints, most: Ints, h: Tensor, e: Tensor) -> None:
+        """New lines that have not run a loop yet."""
+        n = len(owner)
+        self.owner, self.position = np.concatenate([self.owner, owner]), np.concatenate([self.position, position])
+        self.most = np.concatenate([self.most, most])
+        self.loop = np.concatenate([self.loop, np.zeros(n, np.int64)])
+        self.active = np.concatenate([self.active, np.ones(n, np.bool_)])
+        self.h, self.e = torch.cat([self.h, h]), torch.cat([self.e, e])
+        self.mass = torch.cat([self.mass, e.new_zeros(n)])
+        self.output = torch.cat([self.output, torch.zeros_like(e)])
+        for memory in self.memory.values():
+            for name, kept in memory.items():
+                memory[name] = torch.cat([kept, kept.new_zeros(n, *kept.shape[1:])])
+
+    def keep(self, lines: Bools) -> None:
+        """Remove all others."""
+        if lines.all():
+            return
+        self.owner, self.position, self.loop = self.owner[lines], self.position[lines], self.loop[lines]
+        self.most, self.active = self.most[lines], self.active[lines]
+        index = torch.from_numpy(np.flatnonzero(lines)).to(self.h.device)
+        self.h, self.e, self.output, self.mass = (x[index] for x in (self.h, self.e, self.output, self.mass))
+        self.memory = {rule: {name: x[index] for name, x in kept.items()} for rule, kept in self.memory.items()}
+        if not len(self):
+            self.memory = {}
+
+    def ends(self) -> dict[int, tuple[int, int]]:
+        """The first and the last line of every request."""
+        owners, first = np.unique(self.owner, return_index=True)
+        last = len(self) - 1 - np.unique(self.owner[::-1], return_index=True)[1]
+        return dict(zip(owners.tolist(), zip(first.tolist(), last.tolist(), strict=True), strict=True))
+
+    def runs(self) -> tuple[Ints, list[Ints]]:
+        """Lines that have not halted: those alone in their request and loop, and runs of several."""
+        lines = np.flatnonzero(self.active)
+        owner, loop = self.owner[lines], self.loop[lines]
+        starts = np.flatnonzero(np.r_[True, (owner[1:] != owner[:-1]) | (loop[1:] != loop[:-1])])
+        lengths = np.diff(starts, append=len(lines))
+        several = lengths > 1
+        blocks = [lines[at : at + n] for at, n in zip(starts[several], lengths[several], strict=True)]
+        return lines[starts[~several]], blocks

@@ -1,0 +1,46 @@
+"""Drafting across depth: few loops guess the next token, all of them verify it.
+
+Main entries: `Speculation`, `settle`. A drafted position's loops are the very loops that verification needs: they go on
+where the draft was read, so that no loop is computed twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """After `loops` loops a position's state is read for a guess, from which the next position starts."""
+
+    loops: int = 2
+    most: int = 8
+    """Unverified guesses at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("loops", "most"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+class Draft(NamedTuple):
+    """A guess, and the probabilities (vocab_size,) from which it was drawn."""
+
+    token: int
+    probabilities: Tensor
+
+
+def settle(draft: Draft, probabilities: Tensor, random: torch.Generator) -> int:
+    """A token of the distribution `probabilities` (vocab_size,), which is the draft wherever that is possible.
+
+    Speculative sampling (Leviathan et al. 2023, arXiv 2211.17192, theorem 3.5): the guess stands with probability
+    p / q; otherwise the token is drawn from what p has more than q.
+    """
+    p, q = probabilities[draft.token], draft.probabilities[draft.token]
+    if float(torch.rand((), generator=random)) * float(q) < float(p):
+        return draft.token
+    return int(torch.multinomial((probabilities - draft.probabilities).clamp_min(0), 1, generator=random))
