@@ -18,7 +18,8 @@ from open_mythos.cli.train_display import sweep_table
 from open_mythos.model.folder import CONFIG_FILE
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.recipes.folder import RunFolder
-from open_mythos.recipes.material import open_material, sweep_loops, sweep_rows
+from open_mythos.recipes.material import Material, open_material, positions, sweep_loops, sweep_rows
+from open_mythos.recipes.run_config import RunConfig
 from open_mythos.recipes.train import newest
 
 
@@ -43,20 +44,11 @@ def run(arguments: Arguments) -> None:
     for name, file in (("json", arguments.json), ("plot", arguments.plot)):
         if file is not None and file.is_dir():
             raise ValueError(f"{name} is {file}, which is a folder; it must be a file")
-    finished = (arguments.model / CONFIG_FILE).is_file()
-    if finished:
-        model = OpenMythos.from_pretrained(arguments.model)
-    else:
-        trained = newest(arguments.model)
-        model = trained.model
-        console.print(f"The run is not finished: this is its checkpoint of step {trained.step}.", style="yellow")
-    too_long = [length for length in lengths or [] if length > model.config.max_seq_len]
-    if too_long:
-        raise ValueError(f"lengths has {too_long[0]}; it must be at most max_seq_len ({model.config.max_seq_len})")
     if arguments.rows is not None and arguments.rows < 1:
         raise ValueError(f"rows is {arguments.rows}; it must be at least 1")
+    _check_lengths(described, lengths or [])
     with console.status("measuring"):
-        material = open_material(described, folder.data, pinned=True)
+        model, material = _trained(folder, described, console)
         n_rows = arguments.rows or sweep_rows(described, final=True)
         rows = material.sweep(model, loops or sweep_loops(described), n_rows, lengths)
     console.print(f"{arguments.model}: held-out data, up to {n_rows} rows of each length", highlight=False)
@@ -71,6 +63,25 @@ def run(arguments: Arguments) -> None:
 
         measure = "loss" if material.is_text else "accuracy"
         plots.depth_sweep(rows, measure=measure).savefig(arguments.plot, dpi=150)
+
+
+def _trained(folder: RunFolder, described: RunConfig, console: Console) -> tuple[OpenMythos, Material]:
+    """The model of a run, finished or not, and its data."""
+    if (folder.path / CONFIG_FILE).is_file():
+        return OpenMythos.from_pretrained(folder.path), open_material(described, folder.data, pinned=True)
+    trained = newest(folder.path)
+    console.print(f"The run is not finished: this is its checkpoint of step {trained.step}.", style="yellow")
+    return trained.model, trained.material
+
+
+def _check_lengths(run: RunConfig, lengths: list[int]) -> None:
+    most = run.model.max_seq_len
+    for length in lengths:
+        taken = positions(run, length)
+        if taken > most:
+            takes = "" if taken == length else f", which takes {taken} positions"
+            they = "it" if taken == length else "they"
+            raise ValueError(f"lengths has {length}{takes}; {they} must be at most max_seq_len ({most})")
 
 
 def numbers(name: str, text: str) -> list[int] | None:
