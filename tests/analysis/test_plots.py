@@ -59,7 +59,7 @@ def test_laws_are_dashed_where_fitted_and_dotted_beyond_with_a_star_at_the_targe
     (axes,) = DRAWINGS["depth_sweep_laws"]().axes
     stars = [float(line.get_xdata()[0]) for line in axes.lines if line.get_marker() == "*"]
     assert stars == pytest.approx([3, 24])
-    assert [text.get_text() for text in axes.texts] == ["3.0 loops", "24.0 loops"]
+    assert [text.get_text() for text in axes.texts] == ["3 loops", "24 loops"]
     dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
     assert [(min(line.get_xdata()), max(line.get_xdata())) for line in dashed] == [(1, 8), (1, 8)]
     assert axes.get_xlim()[1] > 24

@@ -61,6 +61,11 @@ class DepthLaw:
         return self.shallowest + self.time_constant * math.log((self.first - self.limit) / (target - self.limit))
 
 
+def whole_loops(loops: float) -> int:
+    """As many loops as a model must run for so many by a law; what is over only by rounding is not counted."""
+    return math.ceil(loops - 1e-6)
+
+
 def fit_depth_laws(rows: Sequence[SweepRow], measure: str, most: int | None = None) -> dict[int, DepthLaw]:
     """The law of each length of a sweep, of depths up to `most`; lengths with fewer than three depths have none."""
     points: dict[int, dict[int, float]] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from open_mythos.analysis.depth_law import DepthLaw
+from open_mythos.analysis.depth_law import DepthLaw, whole_loops
 from open_mythos.analysis.depth_sweep import SweepRow
 from open_mythos.analysis.halting import HaltingReport
 from open_mythos.analysis.kv_memory import KVCacheComparison
@@ -207,7 +207,7 @@ def _law(axes: Axes, law: DepthLaw, colour: str, most: float, target: float | No
         axes.plot([met], [target], "*", markersize=16, color=colour, markeredgecolor="white", zorder=3)
         # In the corner that the curve leaves empty.
         offset = (9, 9) if law.measure == "loss" else (9, -16)
-        axes.annotate(f"{met:.1f} loops", (met, target), offset, textcoords="offset points", color=colour)
+        axes.annotate(f"{whole_loops(met)} loops", (met, target), offset, textcoords="offset points", color=colour)
 
 
 def _loops_to_mark(laws: Mapping[int, DepthLaw], target: float | None, most: float) -> list[float]:

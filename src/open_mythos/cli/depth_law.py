@@ -5,16 +5,18 @@ Main entries: `law_lines`, `law_entry`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from open_mythos.analysis.depth_law import DepthLaw
+from open_mythos.analysis.depth_law import DepthLaw, whole_loops
 from open_mythos.analysis.depth_sweep import SweepRow
 
 _SEEN = 0.5
 """Share of the way to the limit that depths must have come for the limit to be worth telling."""
+
+_LEVEL = 0.2
+"""With a time constant of that many loops, less than 1% of the way is left after one."""
 
 
 def law_lines(laws: Mapping[int, DepthLaw], rows: Sequence[SweepRow], target: float | None) -> Iterator[str]:
@@ -26,7 +28,7 @@ def law_lines(laws: Mapping[int, DepthLaw], rows: Sequence[SweepRow], target: fl
         share = f" ({law.rms_error / gain:.0%} of the change)" if gain else ""
         yield (
             f"length {length:>{width}}: {law.measure} saturates at {limit}, "
-            f"time constant {law.time_constant:.2f} loops, rms error {law.rms_error:.4f}{share}"
+            f"time constant {_constant(law)} loops, rms error {law.rms_error:.4f}{share}"
         )
         predictions = [] if target is None else [f"{law.measure} {target:g}: {_needed(law.loops_for(target))}"]
         predictions += [_test(row, law) for row in rows if _is_deeper(row, length, law)]
@@ -41,7 +43,8 @@ def law_entry(length: int, law: DepthLaw, target: float | None) -> dict[str, Any
 
 
 def _is_deeper(row: SweepRow, length: int, law: DepthLaw) -> bool:
-    return row["length"] == length and row["n_loops"] > law.deepest
+    measured = row[law.measure]  # type: ignore[literal-required]
+    return row["length"] == length and row["n_loops"] > law.deepest and measured is not None
 
 
 def _test(row: SweepRow, law: DepthLaw) -> str:
@@ -49,8 +52,13 @@ def _test(row: SweepRow, law: DepthLaw) -> str:
     return f"{row['n_loops']} loops: predicted {predicted:.4f}, measured {measured:.4f} ({predicted - measured:+.4f})"
 
 
+def _constant(law: DepthLaw) -> str:
+    """Of a law that is level after one loop the depths, whole loops, cannot tell the time constant."""
+    return f"below {_LEVEL}" if law.time_constant < _LEVEL else f"{law.time_constant:.2f}"
+
+
 def _needed(loops: float | None) -> str:
     if loops is None:
         return "out of reach"
-    whole = math.ceil(loops - 1e-9)
+    whole = whole_loops(loops)
     return "1 loop" if whole == 1 else f"{whole} loops ({loops:.2f} by the law)"
