@@ -90,6 +90,15 @@ def test_a_target_is_met_at_one_loop_or_out_of_reach_or_between() -> None:
     assert worse.loops_for(0.5) is None
 
 
+def test_nothing_is_said_of_fewer_loops_than_were_measured() -> None:
+    """Backwards an exponential that is level after its first depth exceeds every number."""
+    law = fit_depth_law({50: 2.0, 51: 1.0, 52: 1.0}, "loss")
+    assert law.loops_for(3.0) == 50
+    assert law.loops_for(1.5) == pytest.approx(50, abs=0.1)
+    with pytest.raises(ValueError, match=r"n_loops is 1; it must be at least the shallowest depth \(50\)"):
+        law.predict(1)
+
+
 def test_the_deepest_point_of_a_trained_curve_is_predicted_from_the_others() -> None:
     """Within 0.3%, though the curve turns around after 3 loops: the law goes level where the curve climbs by 0.35%."""
     law = fit_depth_law({n: loss for n, loss in SHAKESPEARE.items() if n <= 6}, "loss")
@@ -159,3 +168,6 @@ def test_a_sweep_has_a_law_for_each_length_with_three_depths() -> None:
     assert laws[24].time_constant == pytest.approx(1 / math.log(2))
     assert fit_depth_laws(rows(24, (1, 2, 4, 8)), "loss", most=4)[24].deepest == 4
     assert not fit_depth_laws(rows(24, (1, 2, 4, 8)), "accuracy")
+    broken = [{**row, "loss": math.nan} if row["n_loops"] == 8 else row for row in rows(24, (1, 2, 4, 8))]
+    assert not fit_depth_laws(broken, "loss")
+    assert fit_depth_laws(broken, "loss", most=4)

@@ -48,14 +48,16 @@ class DepthLaw:
         return -math.expm1((self.shallowest - self.deepest) / self.time_constant)
 
     def predict(self, n_loops: float) -> float:
-        """Quality after so many loops."""
+        """Quality after so many loops, the shallowest depth or more: backwards the law says nothing."""
+        if n_loops < self.shallowest:
+            raise ValueError(f"n_loops is {n_loops}; it must be at least the shallowest depth ({self.shallowest})")
         return self.limit + (self.first - self.limit) * math.exp((self.shallowest - n_loops) / self.time_constant)
 
     def loops_for(self, target: float) -> float | None:
-        """The fewest loops, 1 or more and not always whole, with a quality of `target` or better; None if none have."""
+        """The fewest loops, from `shallowest` on and not always whole, to quality `target`; None if none suffice."""
         sign = -1 if self.measure == "loss" else 1
-        if sign * self.predict(1) >= sign * target:
-            return 1.0
+        if sign * self.first >= sign * target:
+            return float(self.shallowest)
         if sign * self.limit <= sign * target:
             return None
         return self.shallowest + self.time_constant * math.log((self.first - self.limit) / (target - self.limit))
@@ -67,14 +69,19 @@ def whole_loops(loops: float) -> int:
 
 
 def fit_depth_laws(rows: Sequence[SweepRow], measure: str, most: int | None = None) -> dict[int, DepthLaw]:
-    """The law of each length of a sweep, of depths up to `most`; lengths with fewer than three depths have none."""
+    """The law of each length of a sweep, of depths up to `most`.
+
+    Lengths with fewer than three depths have none, nor have those with a figure that is not finite.
+    """
     points: dict[int, dict[int, float]] = {}
     for row in rows:
         value = row[measure]  # type: ignore[literal-required]
         if value is not None and (most is None or row["n_loops"] <= most):
             points.setdefault(row["length"], {})[row["n_loops"]] = value
     return {
-        length: fit_depth_law(quality, measure) for length, quality in points.items() if len(quality) >= LEAST_DEPTHS
+        length: fit_depth_law(quality, measure)
+        for length, quality in points.items()
+        if len(quality) >= LEAST_DEPTHS and all(map(math.isfinite, quality.values()))
     }
 
 
