@@ -2,7 +2,8 @@
 
 import pytest
 
-from open_mythos.bench.timing import matmul_peak, median, race, read_bandwidth
+from open_mythos.bench.timing import median, race, read_bandwidth
+from open_mythos.training.hardware import matmul_peak
 
 
 def test_contestants_take_turns_after_warming_up() -> None:

@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from open_mythos import OpenMythos
+from open_mythos.analysis.depth_law import fit_depth_law
 from open_mythos.cli.main import main, parse
+from open_mythos.recipes.material import open_material
 from open_mythos.training.depth import Uniform
 from open_mythos.training.records import read_metrics
 
 SMALL_TASK = [
     *("--steps", "4", "--batch-size", "4", "--model.dim", "16", "--model.expert-dim", "8", "--checkpoint-every", "2"),
     *("--sweep-problems", "2", "--sweep-loops", "1", "4", "--sweep-lengths", "8", "16"),
+]
+SMALL_ADDITION = [
+    *("--steps", "1", "--batch-size", "2", "--model.dim", "16"),
+    *("--sweep-problems", "2", "--sweep-loops", "1", "--sweep-lengths", "12"),
 ]
 SMALL_TEXT = [
     *("--steps", "4", "--batch-size", "2", "--seq-len", "16", "--checkpoint-every", "2", "--sweep-rows", "2"),
@@ -125,13 +132,22 @@ def test_a_run_keeps_its_own_copy_of_the_text(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_not_finished_can_be_swept(
-    text_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    opened: list[object] = []
+
+    def open_once(run: object, *rest: object, **more: object) -> object:
+        opened.append(run)
+        return open_material(run, *rest, **more)
+
+    monkeypatch.setattr("open_mythos.recipes.train.open_material", open_once)
+    monkeypatch.setattr("open_mythos.cli.sweep.open_material", open_once)
     shutil.copytree(text_run / "run", tmp_path / "run")
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / "run" / name).unlink()
     assert main(["sweep", str(tmp_path / "run"), "--loops", "1"]) == 0
     assert "not finished: this is its checkpoint of step 4" in capsys.readouterr().out
+    assert len(opened) == 1, "text may be tokenised when it is opened"
 
 
 def test_a_run_cannot_be_made_shorter_than_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,6 +201,55 @@ def test_what_cannot_be_done_is_said_in_one_line(
 def test_sweeps_refuse_wrong_numbers(text_run: Path, flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", str(text_run / "run"), flag, value]) == 2
     assert flag.removeprefix("--") in capsys.readouterr().err
+
+
+def test_lengths_of_a_sweep_are_measured_in_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Addition takes two tokens per digit and one more: 19 digits fit into 40, 24 do not, whatever 24 is below."""
+    out = str(tmp_path / "run")
+    assert main(["train", "addition", "--out", out, "--model.max-seq-len", "40", *SMALL_ADDITION]) == 0
+    assert main(["sweep", out, "--loops", "1", "--lengths", "19", "--rows", "2"]) == 0
+    capsys.readouterr()
+    assert main(["sweep", out, "--loops", "1", "--lengths", "19,24"]) == 2
+    says = "lengths has 24, which takes 49 positions; they must be at most max_seq_len (40)"
+    assert says in capsys.readouterr().err
+
+
+def test_a_sweep_ends_with_a_law_that_predicts(
+    text_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows stay rows: the law has a file of its own, and its figures are those of the fit to the rows."""
+    run, rows_file, law_file = str(text_run / "run"), tmp_path / "rows.json", tmp_path / "new" / "law.json"
+    files = ["--json", str(rows_file), "--law", str(law_file), "--plot", str(tmp_path / "plot.png")]
+    assert main(["sweep", run, "--loops", "1,2,3,4,8", "--fit-loops", "4", "--target", "9", *files]) == 0
+    printed = capsys.readouterr().out
+    assert "length 16: loss saturates at" in printed
+    assert "loss 9: 1 loop\n" in printed
+    assert "8 loops: predicted" in printed
+    rows = json.loads(rows_file.read_text())
+    assert all(set(row) == {"length", "n_loops", "loss", "accuracy", "exact_match"} for row in rows)
+    (law,) = json.loads(law_file.read_text())
+    fitted = fit_depth_law({row["n_loops"]: row["loss"] for row in rows[:4]}, "loss")
+    assert law == {"length": 16, **asdict(fitted), "covered": fitted.covered, "target": 9, "target_loops": 1}
+    assert main(["sweep", run, "--loops", "1,2"]) == 0
+    assert "saturates" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--loops", "1,2,1", "--target", "1"], "loops has 2 depths; for a law it must have at least 3"),
+        (["--loops", "1,2,8", "--fit-loops", "4"], "loops has 2 depths up to fit_loops (4); for a law"),
+        (["--loops", "1,2,8", "--target", "-1"], "target is -1.0; it must be a loss, at least 0"),
+        (["--loops", "1,2,8", "--target", "inf"], "target is inf; it must be a loss"),
+    ],
+)
+def test_laws_that_cannot_be_are_refused_before_anything_is_measured(
+    words: list[str], says: str, text_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", str(text_run / "run"), *words]) == 2
+    told = capsys.readouterr()
+    assert says in told.err
+    assert not told.out
 
 
 def test_text_may_be_longer_than_the_context(text_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,11 +14,11 @@ from open_mythos import MythosConfig, OpenMythos
 from open_mythos.data.parity import Parity
 from open_mythos.data.tasks import TaskBatches
 from open_mythos.training.depth import DepthPlan, Uniform
-from open_mythos.training.records import StepRecord
+from open_mythos.training.records import Observer, StepRecord
 from open_mythos.training.trainer import Trainer, TrainerConfig
 
 
-class Recorder:
+class Recorder(Observer):
     """An observer that remembers."""
 
     def __init__(self) -> None:
@@ -34,9 +34,6 @@ class Recorder:
 
     def on_message(self, text: str) -> None:
         self.messages.append(text)
-
-    def close(self) -> None:
-        pass
 
     @property
     def losses(self) -> list[float]:

@@ -1,5 +1,6 @@
 """Measurements of a model; each is a function that returns plain data, and `plots` draws them."""
 
+from open_mythos.analysis.depth_law import DepthLaw, fit_depth_law, fit_depth_laws
 from open_mythos.analysis.depth_sweep import SweepRow, depth_sweep
 from open_mythos.analysis.finite import NonFiniteError, check_finite, non_finite_weights
 from open_mythos.analysis.halting import HaltingReport, halting_matrix
@@ -10,6 +11,7 @@ from open_mythos.analysis.routing import ExpertLoad, RoutingReport, expert_load
 from open_mythos.analysis.stability import StabilityReport, spectrum, stability
 
 __all__ = [
+    "DepthLaw",
     "ExpertLoad",
     "HaltingReport",
     "KVCacheComparison",
@@ -22,6 +24,8 @@ __all__ = [
     "compare_kv_cache",
     "depth_sweep",
     "expert_load",
+    "fit_depth_law",
+    "fit_depth_laws",
     "halting_matrix",
     "jacobian_norm",
     "jacobian_spectral_radius",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from open_mythos.analysis.depth_law import DepthLaw, whole_loops
 from open_mythos.analysis.depth_sweep import SweepRow
 from open_mythos.analysis.halting import HaltingReport
 from open_mythos.analysis.kv_memory import KVCacheComparison
@@ -104,28 +105,45 @@ def stability(report: StabilityReport) -> Figure:
 
 
 def depth_sweep(
-    rows: Sequence[SweepRow], trained_loops: int | None = None, measure: str = "accuracy", chance: float | None = None
+    rows: Sequence[SweepRow],
+    trained_loops: int | None = None,
+    measure: str = "accuracy",
+    chance: float | None = None,
+    laws: Mapping[int, DepthLaw] | None = None,
+    target: float | None = None,
 ) -> Figure:
-    """A measure of the sweep against loops, one line per length; marks the trained depth and the level of chance."""
+    """A measure of the sweep against loops, one line per length; marks the trained depth and the level of chance.
+
+    `laws` by length are drawn dashed, dotted beyond what they were fitted to, and the loops that each takes to `target`
+    marked with a star, if they are at most four times the deepest depth.
+    """
     figure = _figure(7.5, 4.2)
     axes = _axes(figure, f"Depth sweep: {measure.replace('_', ' ')} by loops")
     drawn = [row for row in rows if _value(row, measure) is not None]
     if not drawn:
         raise ValueError(f"rows has no {measure}; it must have at least one row where that is not None")
     lengths = sorted({row["length"] for row in drawn})
+    depths = sorted({row["n_loops"] for row in drawn})
+    most = max([depths[-1], *_loops_to_mark(laws or {}, target, 4 * depths[-1])])
+    room = 1.1 if most == depths[-1] else 1.6  # beyond the depths stands a star with its label
     for index, length in enumerate(lengths):
         points = [(row["n_loops"], _value(row, measure)) for row in drawn if row["length"] == length]
         colour, marker = _SERIES[index % len(_SERIES)], _MARKERS[index % len(_MARKERS)]
-        axes.plot(*zip(*points, strict=True), marker=marker, color=colour, linewidth=2, label=f"length {length}")
+        law = (laws or {}).get(length)
+        width = 2 if law is None else 0.5
+        axes.plot(*zip(*points, strict=True), marker=marker, color=colour, linewidth=width, label=f"length {length}")
+        if law is not None:
+            _law(axes, law, colour, most, target)
     if trained_loops is not None:
         axes.axvspan(0.9, trained_loops, color=_GREY, alpha=0.12, label=f"trained: up to {trained_loops} loops")
     if chance is not None:
         axes.axhline(chance, color=_GREY, linestyle=":", label="chance")
-    depths = sorted({row["n_loops"] for row in drawn})
+    if target is not None:
+        axes.axhline(target, color=_GREY, linestyle=":", label=f"target {target:g}")
     axes.set_xscale("log", base=2)
     axes.set_xticks(depths, [str(depth) for depth in depths])
     axes.minorticks_off()
-    axes.set(xlabel="loops at inference (log scale)", ylabel=measure.replace("_", " "), xlim=(0.9, max(depths) * 1.1))
+    axes.set(xlabel="loops at inference (log scale)", ylabel=measure.replace("_", " "), xlim=(0.9, most * room))
     if measure != "loss":
         axes.set_ylim(min(0.5, *(_value(row, measure) or 0.0 for row in drawn)) - 0.04, 1.04)
     axes.legend(frameon=False, loc="best")
@@ -173,6 +191,29 @@ def training_loss(losses: Sequence[float], window: int = 20) -> Figure:
     axes.set(xlabel="step", ylabel="cross-entropy (nats)", ylim=(0, None))
     axes.legend(frameon=False)
     return figure
+
+
+def _law(axes: Axes, law: DepthLaw, colour: str, most: float, target: float | None) -> None:
+    """The curve, dashed where it was fitted and dotted beyond, and a star where it meets the target."""
+    for first, last, style, label in (
+        (law.shallowest, law.deepest, "--", f"law: towards {law.limit:.4f}"),
+        (law.deepest, most, ":", None),
+    ):
+        loops = [first * (last / first) ** (step / 200) for step in range(201)]
+        axes.plot(loops, [law.predict(n) for n in loops], color=colour, linestyle=style, linewidth=2, label=label)
+    if target is None:
+        return
+    for met in _loops_to_mark({0: law}, target, most):
+        axes.plot([met], [target], "*", markersize=16, color=colour, markeredgecolor="white", zorder=3)
+        # In the corner that the curve leaves empty.
+        offset = (9, 9) if law.measure == "loss" else (9, -16)
+        axes.annotate(f"{whole_loops(met)} loops", (met, target), offset, textcoords="offset points", color=colour)
+
+
+def _loops_to_mark(laws: Mapping[int, DepthLaw], target: float | None, most: float) -> list[float]:
+    """The loops that the laws take to the target, where that is not beyond `most`."""
+    met = [law.loops_for(target) for law in laws.values() if target is not None]
+    return [loops for loops in met if loops is not None and loops <= most]
 
 
 def _value(row: SweepRow, measure: str) -> float | None:

@@ -1,6 +1,6 @@
 """Timing that survives a noisy machine: the contestants take turns, and ratios are of their medians.
 
-Main entries: `race`, `matmul_peak`, `read_bandwidth`.
+Main entries: `race`, `read_bandwidth`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,6 @@ def race(contestants: Contestants, seconds: float, warmup: int = 2, least: int =
 def median(values: Iterable[float]) -> float:
     """The middle value."""
     return statistics.median(values)
-
-
-def matmul_peak(size: int = 1024, seconds: float = 1.0) -> float:
-    """Measured float32 matrix-product rate in FLOP/s, best of many: what the compute floor divides by."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    with torch.no_grad():
-        times = race({"mm": lambda: a @ b}, seconds)["mm"]
-    return 2 * size**3 / min(times)
 
 
 def read_bandwidth(megabytes: int = 256, seconds: float = 1.0) -> float:

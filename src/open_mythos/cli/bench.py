@@ -17,7 +17,8 @@ from rich.table import Table
 
 from open_mythos.bench.cases import CASES, Measured, run_case
 from open_mythos.bench.peer import PEER, PeerUnavailableError, load_peer
-from open_mythos.bench.timing import matmul_peak, read_bandwidth
+from open_mythos.bench.timing import read_bandwidth
+from open_mythos.training.hardware import matmul_peak
 
 
 @dataclass(frozen=True)

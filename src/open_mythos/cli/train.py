@@ -19,6 +19,7 @@ import yaml
 from rich.console import Console
 
 from open_mythos.cli.train_display import Display
+from open_mythos.recipes.folder import read_yaml
 from open_mythos.recipes.named import named_recipe, recipe_names
 from open_mythos.recipes.run_config import RunConfig, TaskRun, TextRun, changed
 from open_mythos.recipes.train import Prepared, train
@@ -61,7 +62,7 @@ def parse(words: list[str]) -> Arguments:
     run = named_recipe(words[0])
     config = _value_of("--config", words)
     if config is not None:
-        run = changed(run, _read_yaml(Path(config)))
+        run = changed(run, read_yaml(Path(config)))
     return _with_flags(words[0], run, words[1:])
 
 
@@ -151,13 +152,6 @@ def _device(name: str) -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(int(index))
     return torch.device("cuda", int(index))
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML ({error})") from error
 
 
 def _value_of(flag: str, words: list[str]) -> str | None:

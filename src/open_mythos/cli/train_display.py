@@ -14,14 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from open_mythos.recipes.train import Prepared
-from open_mythos.training.records import Rows, StepRecord
+from open_mythos.training.records import Observer, Rows, StepRecord
 
 _LINES = 40
 """Lines that a run leaves in a log file, where nothing can be redrawn."""
 _SHADES = " ▁▂▃▄▅▆▇█"
 
 
-class Display:
+class Display(Observer):
     """An observer that draws."""
 
     def __init__(self, console: Console, prepared: Prepared) -> None:

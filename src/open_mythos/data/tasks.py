@@ -84,6 +84,7 @@ class TaskBatches:
         self.task, self.batch_size, self.seed = task, batch_size, seed
         self.shortest, self.longest = shortest, longest
         self._growing = growth * steps
+        self._easiest = max((n for n in range(1, longest + 1) if task.loops(n) == 1), default=1)
         self.vocab_size = task.vocab_size
 
     def batch(self, step: int) -> Batch:
@@ -104,6 +105,5 @@ class TaskBatches:
     def _length(self, step: int) -> int:
         """Of one loop's worth at first, of any length in the end."""
         grown = math.ceil(self.longest * (step + 1) / self._growing) if self._growing else self.longest
-        easiest = max((n for n in range(1, self.longest + 1) if self.task.loops(n) == 1), default=1)
-        longest = max(self.shortest, min(self.longest, max(easiest, grown)))
+        longest = max(self.shortest, min(self.longest, max(self._easiest, grown)))
         return int(torch.randint(self.shortest, longest + 1, (), generator=generator(self.seed, step, "length")))

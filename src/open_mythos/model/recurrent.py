@@ -5,6 +5,8 @@ Main entry: `RecurrentBlock`. One loop is `h' = u + F(u)` with `u = A*h + B*e`, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -115,7 +117,6 @@ class RecurrentBlock(nn.Module):
         budget = halting.budget
         n_constant = 0 if grad_loops is None else max(0, budget.most - grad_loops)
         learning = torch.is_grad_enabled()
-        step = self._recomputed_step if recompute and learning else self.step
         h = first = self.initial_state(e)
         probabilities: list[Tensor] = []
         for t in range(budget.most):
@@ -123,7 +124,12 @@ class RecurrentBlock(nn.Module):
                 h = _begin(h, first, budget, t)
                 context.injected = None  # what it holds was computed without a gradient
             with torch.set_grad_enabled(learning and t >= n_constant):
-                h = step(h, e, t, context, halting.active(t), own_index=budget.own_index(t))
+                active = halting.active(t)
+                loop = partial(self.step, t=t, context=context, active=active, own_index=budget.own_index(t))
+                if recompute and learning:
+                    h = self._recomputed(loop, h, e, context, halted=active is not None)
+                else:
+                    h = loop(h, e)
                 p = None if self.act is None else self.act(h)
                 halting.update(h, p, t)
             if keep_probabilities and p is not None:
@@ -133,25 +139,18 @@ class RecurrentBlock(nn.Module):
         kept = torch.stack(probabilities) if probabilities else None
         return LoopResult(halting.output, halting.exit_loops, halting.ponder_cost, kept)
 
-    def _recomputed_step(
-        self,
-        h: Tensor,
-        e: Tensor,
-        t: int,
-        context: ForwardContext,
-        active: Tensor | None = None,
-        *,
-        own_index: int | Tensor | None = None,
+    def _recomputed(
+        self, loop: Callable[[Tensor, Tensor], Tensor], h: Tensor, e: Tensor, context: ForwardContext, *, halted: bool
     ) -> Tensor:
-        """As `step`, keeping for the way back only what goes in."""
+        """`loop(h, e)`, keeping for the way back only what goes in; `halted` if it looks at the loop before it."""
         self.injection.prepare(e, context)  # here: what it keeps for all loops must not belong to the graph of one
         store = context.store
         assert isinstance(store, PassStore), "nobody learns through a cache"
-        before = {} if active is None else store.state()  # needed only where some have halted
+        before = store.state() if halted else {}
 
         def again(h: Tensor, e: Tensor) -> Tensor:
             store.restore(before)
-            return self.step(h, e, t, context, active, own_index=own_index)
+            return loop(h, e)
 
         return checkpoint(again, h, e, use_reentrant=False)
 

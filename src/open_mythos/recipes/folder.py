@@ -90,12 +90,19 @@ def to_yaml(run: RunConfig) -> str:
 
 def read_run(path: Path) -> RunConfig:
     """The run that a YAML file describes."""
+    data = read_yaml(path)
     try:
-        return run_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML ({error})") from error
+        return run_from_dict(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML ({error})") from error
 
 
 @contextmanager

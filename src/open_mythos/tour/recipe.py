@@ -17,7 +17,7 @@ from open_mythos.data.tasks import TASKS, Task, TaskBatches
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.recipes.named import named_recipe
 from open_mythos.recipes.run_config import TaskRun
-from open_mythos.training.records import Rows, StepRecord
+from open_mythos.training.records import Observer, StepRecord
 from open_mythos.training.trainer import Trainer
 
 
@@ -67,7 +67,7 @@ class Trained:
     seconds: float
 
 
-class _Recorder:
+class _Recorder(Observer):
     """Keeps every step."""
 
     def __init__(self, on_step: Callable[[int, float], None] | None) -> None:
@@ -78,15 +78,6 @@ class _Recorder:
         self.records.append(record)
         if self._on_step is not None:
             self._on_step(record.step + 1, record.loss)
-
-    def on_sweep(self, step: int, rows: Rows) -> None:
-        pass
-
-    def on_message(self, text: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def train(recipe: TourRecipe, on_step: Callable[[int, float], None] | None = None) -> Trained:

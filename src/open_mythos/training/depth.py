@@ -111,35 +111,31 @@ class Poisson:
         return self.mean
 
     def draw(self, asked: Asked, random: torch.Generator) -> LoopPlan:
-        rates = torch.full((asked.batch if self.per_sequence else 1,), self.mean - 1)
-        return _poisson(rates, self.most or math.ceil(4 * self.mean), asked.batch, self.grad_loops, random)
+        rates = self._rates(asked.batch if self.per_sequence else 1, random)
+        drawn = 1 + torch.poisson(rates.double(), generator=random)
+        most = self.most or math.ceil(4 * self.mean)
+        return LoopPlan(_integers(drawn.clamp_max(most).expand(asked.batch)), self.grad_loops)
+
+    def _rates(self, n: int, random: torch.Generator) -> Tensor:
+        """(n,): the mean of each draw, less one."""
+        return torch.full((n,), self.mean - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogNormalPoisson:
+class LogNormalPoisson(Poisson):
     """1 + Poisson with a log-normal rate of mean `mean - 1` and spread `sigma`: a heavier tail (Huginn, 2502.05171)."""
 
     name: ClassVar[str] = "log_normal_poisson"
-    mean: float = 8.0
     sigma: float = 0.5
-    most: int | None = None
-    """No sequence runs more; None means four times the mean."""
-    per_sequence: bool = True
-    grad_loops: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "mean", "most", "grad_loops")
+        super().__post_init__()
         if not self.sigma >= 0:
             raise ValueError(f"sigma is {self.sigma}; it must be a number of at least 0")
 
-    @property
-    def typical(self) -> float:
-        return self.mean
-
-    def draw(self, asked: Asked, random: torch.Generator) -> LoopPlan:
-        spread = torch.randn(asked.batch if self.per_sequence else 1, generator=random) * self.sigma
-        rates = (self.mean - 1) * torch.exp(spread - self.sigma**2 / 2)
-        return _poisson(rates, self.most or math.ceil(4 * self.mean), asked.batch, self.grad_loops, random)
+    def _rates(self, n: int, random: torch.Generator) -> Tensor:
+        spread = torch.randn(n, generator=random) * self.sigma
+        return (self.mean - 1) * torch.exp(spread - self.sigma**2 / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,12 +199,12 @@ class Ramp:
     """Another plan whose `mean` rises linearly from `start` over the first `share` of training (arXiv 2511.07384)."""
 
     name: ClassVar[str] = "ramp"
-    plan: Poisson | LogNormalPoisson
+    plan: Poisson
     start: float = 1.0
     share: float = 0.25
 
     def __post_init__(self) -> None:
-        if not isinstance(self.plan, Poisson | LogNormalPoisson):
+        if not isinstance(self.plan, Poisson):
             raise ValueError(f"ramp is of {self.plan!r}; it must be of a plan with a mean: poisson, log_normal_poisson")
         _at_least_one(self, "start")
         if not 0 < self.share <= 1:
@@ -248,11 +244,6 @@ def plan_to_dict(plan: DepthPlan) -> dict[str, Any]:
     inner = getattr(plan, "plan", None)
     nested = {} if inner is None else {"plan": plan_to_dict(inner)}
     return {"name": plan.name, **asdict(plan), **nested}  # type: ignore[call-overload]
-
-
-def _poisson(rates: Tensor, most: int, batch: int, grad_loops: int | None, random: torch.Generator) -> LoopPlan:
-    drawn = 1 + torch.poisson(rates.double(), generator=random)
-    return LoopPlan(_integers(drawn.clamp_max(most).expand(batch)), grad_loops)
 
 
 def _integers(loops: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What the device can do at most, for the utilisation that training reports.
 
-Main entries: `peak_flops`, `has_fast_bfloat16`.
+Main entries: `peak_flops`, `matmul_peak`, `has_fast_bfloat16`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ _KNOWN = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S
 def peak_flops(device: torch.device) -> float | None:
     """Matrix-product FLOP/s: of the data sheet for a known accelerator, measured in float32 on a CPU, else None."""
     if device.type == "cpu":
-        return measured_flops()
+        return matmul_peak(size=768, seconds=0.05)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((_KNOWN[word] for word in re.split(r"[\s-]", name) if word in _KNOWN), None)
 
 
-def measured_flops(size: int = 768, rounds: int = 6) -> float:
-    """The best of some float32 products on the CPU."""
+def matmul_peak(size: int = 1024, seconds: float = 1.0) -> float:
+    """Measured FLOP/s of float32 products on the CPU, best of about `seconds` of them and of at least five."""
     a, b = torch.randn(size, size), torch.randn(size, size)
-    best = float("inf")
-    for _ in range(rounds):
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < seconds:
         begin = time.perf_counter()
         torch.mm(a, b)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+        times.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(times)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from open_mythos.data.batch import IGNORED
 
 _CHUNK = 2**24
-"""Logits that exist at a time. Four times fewer made the loss a third slower: each chunk adds to a whole gradient of
-the head."""
+"""Logits that exist at a time. Each chunk adds to a whole gradient of the head: with sixteen times fewer, forward and
+backward of 4096x384 features and 32,768 entries took 2.2 times as long on one thread (14.8 against 6.6 s of CPU time),
+with four times fewer or more about the same (6.8 and 7.7), with all at once, nothing computed again, 5.3."""
 
 
 class LossSums(NamedTuple):

@@ -1,6 +1,6 @@
 """The figures of a run, step by step, and where they are written.
 
-Main entries: `StepRecord`, `JsonLines`, `TensorBoard`.
+Main entries: `StepRecord`, `Observer`, `JsonLines`, `TensorBoard`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -54,27 +54,23 @@ class StepRecord:
 Rows = Sequence[Mapping[str, Any]]
 
 
-class Observer(Protocol):
-    """Whoever wants to know how a run goes; called on the main rank."""
+class Observer:
+    """Whoever wants to know how a run goes; called on the main rank. Override what you want to know."""
 
     def on_step(self, record: StepRecord) -> None:
         """A step is done."""
-        ...
 
     def on_sweep(self, step: int, rows: Rows) -> None:
         """A depth sweep on held-out data after `step` steps; rows as `analysis.depth_sweep` gives them."""
-        ...
 
     def on_message(self, text: str) -> None:
         """Something a person should read."""
-        ...
 
     def close(self) -> None:
         """The run is over."""
-        ...
 
 
-class JsonLines:
+class JsonLines(Observer):
     """One line per step and per sweep in `metrics.jsonl`; a resumed run cuts off what it will write again."""
 
     def __init__(self, folder: Path, first_step: int, load_every: int = 10) -> None:
@@ -95,9 +91,6 @@ class JsonLines:
     def on_sweep(self, step: int, rows: Rows) -> None:
         self._write({"step": step, "sweep": list(rows)})
 
-    def on_message(self, text: str) -> None:
-        pass
-
     def close(self) -> None:
         self._file.close()
 
@@ -106,7 +99,7 @@ class JsonLines:
         self._file.flush()
 
 
-class TensorBoard:
+class TensorBoard(Observer):
     """The same figures for TensorBoard, in `DIR/tensorboard`."""
 
     def __init__(self, folder: Path, first_step: int, every: int = 10) -> None:
@@ -130,9 +123,6 @@ class TensorBoard:
         for row in rows:
             if row["loss"] is not None:
                 self._writer.add_scalar(f"held_out_loss/{row['length']}/loops_{row['n_loops']}", row["loss"], step)
-
-    def on_message(self, text: str) -> None:
-        pass
 
     def close(self) -> None:
         self._writer.close()
