@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
+from open_mythos.data.tokenizer import TextTokenizer
 from open_mythos.inference.cache import PagedCache, RowTable
+from open_mythos.inference.decoded_text import DecodedText
 from open_mythos.inference.request import FinishReason, Output, Request
 from open_mythos.inference.runner import Runner
 from open_mythos.inference.sampling import SamplingParams, choose
@@ -32,6 +35,8 @@ class Event(NamedTuple):
     token: int | None
     exit_loops: int | None
     finish_reason: FinishReason | None
+    text: str | None = None
+    """What has become certain of the request's text; all of them join to the output's. None without a tokenizer."""
 
 
 @dataclass
@@ -71,13 +76,21 @@ class Engine:
     """Serves requests with one model, in a cache of at most `cache_bytes`.
 
     A request is begun while the positions being computed, those of its prompt included, are at most
-    `max_batch_tokens`; a prompt longer than that is computed when nothing else is.
+    `max_batch_tokens`; a prompt longer than that is computed when nothing else is. With a tokenizer, outputs and
+    events have text, and requests may have stop strings.
     """
 
-    def __init__(self, model: OpenMythos, *, max_batch_tokens: int = 512, cache_bytes: int = 2**28) -> None:
+    def __init__(
+        self,
+        model: OpenMythos,
+        *,
+        tokenizer: TextTokenizer | None = None,
+        max_batch_tokens: int = 512,
+        cache_bytes: int = 2**28,
+    ) -> None:
         if max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens is {max_batch_tokens}; it must be at least 1")
-        self.model, self.max_batch_tokens = model, max_batch_tokens
+        self.model, self.tokenizer, self.max_batch_tokens = model, tokenizer, max_batch_tokens
         one = PagedCache(model.config, 1, _PAGE_SIZE, model.embed.weight)
         if cache_bytes < one.page_bytes:
             raise ValueError(f"cache_bytes is {cache_bytes}; it must be at least one page, {one.page_bytes}")
@@ -97,23 +110,30 @@ class Engine:
         """What has been done so far."""
         return replace(self._stats, cache_bytes=self.cache.bytes_in_use)
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]) -> list[Output]:
-        """All outputs, in the order of the prompts."""
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        on_event: Callable[[Event], None] | None = None,
+    ) -> list[Output]:
+        """All outputs, in the order of the prompts.
+
+        `on_event` is called with what `stream` would yield; if it raises, that request alone ends as an error.
+        """
         requests = self._submit(prompts, params)
-        while self.busy:
-            self.step()
+        with closing(self._events(requests)) as events:
+            for event in events:
+                if on_event is not None:
+                    self._call(on_event, event, requests[event.request])
         return [request.output for request in requests]
 
     def stream(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]) -> Iterator[Event]:
-        """Tokens of all requests as they come; `request` counts the prompts."""
-        requests = self._submit(prompts, params)
-        known = {request.index: number for number, request in enumerate(requests)}
-        for request in requests:
-            if request.output.finish_reason is not None:
-                yield Event(known[request.index], None, None, request.output.finish_reason)
-        while self.busy:
-            for event in self.step():
-                yield event._replace(request=known[event.request])
+        """Tokens of all requests as they come; `request` counts the prompts. Who stops listening cancels the rest."""
+        yield from self._events(self._submit(prompts, params))
+
+    def submit(self, prompt: Prompt, params: SamplingParams) -> Request:
+        """Queue a request that `step` then serves; its `index` is the number that events and `cancel` use."""
+        return self._submit([prompt], params)[0]
 
     def step(self) -> list[Event]:
         """Admit requests, run one loop of all that are looping, and give those that have halted their next token."""
@@ -134,11 +154,37 @@ class Engine:
 
     def cancel(self, request: int) -> None:
         """End a request early, whatever it is doing; unknown or finished ones are left alone."""
+        self._drop(request, "cancelled")
+
+    def _drop(self, request: int, reason: FinishReason) -> None:
         for one in (*self._waiting, *self._running):
             if one.index == request:
-                self._finish(one, "cancelled")
+                self._finish(one, reason)
         self._waiting = deque(one for one in self._waiting if one.index != request)
         self._running = [one for one in self._running if one.index != request]
+
+    def _events(self, requests: Sequence[Request]) -> Generator[Event]:
+        """What becomes of these requests, numbered as they stand; whoever closes this cancels what is left of them."""
+        known = {request.index: number for number, request in enumerate(requests)}
+        try:
+            for number, request in enumerate(requests):
+                if request.output.finish_reason is not None:
+                    yield Event(number, None, None, request.output.finish_reason, request.output.text)
+            while any(request.output.finish_reason is None for request in requests):
+                for event in self.step():
+                    if event.request in known:
+                        yield event._replace(request=known[event.request])
+        finally:
+            for request in requests:
+                self.cancel(request.index)
+
+    def _call(self, on_event: Callable[[Event], None], event: Event, request: Request) -> None:
+        try:
+            on_event(event)
+        except Exception as error:
+            self._drop(request.index, "error")
+            why = f"on_event raised {type(error).__name__}: {error}"
+            request.output.finish_reason, request.output.error = "error", request.output.error or why
 
     def _submit(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]) -> list[Request]:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
@@ -153,7 +199,8 @@ class Engine:
         config = self.model.config
         n_loops = config.max_loop_iters if params.n_loops == "auto" else params.n_loops
         length = len(prompt) + params.max_new_tokens
-        output = Output([], [], [] if params.logprobs else None)
+        tokenizer = self.tokenizer
+        output = Output([], [], [] if params.logprobs else None, text=None if tokenizer is None else "")
         self._submitted += 1
         request = Request(
             index=self._submitted - 1,
@@ -164,6 +211,7 @@ class Engine:
             reserved=self._pages(length, n_loops),
             output=output,
             random=torch.Generator().manual_seed(params.seed),
+            text=None if tokenizer is None else DecodedText(tokenizer, params.stop_strings),
         )
         wrong = self._why_not(request, length)
         if wrong is not None:
@@ -174,6 +222,8 @@ class Engine:
         config, params = self.model.config, request.params
         if not request.prompt:
             return "prompt is empty; it must have at least one token"
+        if params.stop_strings and request.text is None:
+            return f"stop_strings is {params.stop_strings!r}; the engine must have a tokenizer to look for them"
         for name, tokens in (("prompt", request.prompt), ("stop_tokens", params.stop_tokens)):
             wrong = [token for token in tokens if not 0 <= token < config.vocab_size]
             if wrong:
@@ -219,11 +269,13 @@ class Engine:
             if output.logprobs is not None and logprob is not None:
                 output.logprobs.append(logprob)
             self._stats.tokens += 1
-            if token in request.params.stop_tokens:
+            before = len(output.text or "")
+            if token in request.params.stop_tokens or _add_text(request, token):
                 self._finish(request, "stop")
             elif len(output.token_ids) == request.params.max_new_tokens:
                 self._finish(request, "length")
-            events.append(Event(request.index, token, exit_loops, output.finish_reason))
+            text = None if output.text is None else output.text[before:]
+            events.append(Event(request.index, token, exit_loops, output.finish_reason, text))
         return events
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
@@ -231,12 +283,22 @@ class Engine:
             self._reserved -= request.reserved
         request.table.release()
         request.output.finish_reason, request.loops = reason, None
+        if request.text is not None and request.output.text is not None:
+            request.output.text += request.text.finish()
 
     def _count(self, wave: Sequence[Request]) -> None:
         self._stats.waves += 1
         self._stats.lanes += len(wave)
         self._stats.loops += sum(int(r.loops.active.sum()) for r in wave if r.loops is not None)
         self._stats.peak_cache_bytes = max(self._stats.peak_cache_bytes, self.cache.bytes_in_use)
+
+
+def _add_text(request: Request, token: int) -> bool:
+    """Whether the text with this token has a stop string."""
+    if request.text is None or request.output.text is None:
+        return False
+    request.output.text += request.text.push(token)
+    return request.text.stopped
 
 
 def _waves(requests: Sequence[Request]) -> list[list[Request]]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from open_mythos.inference.cache import Rows, RowTable
+from open_mythos.inference.decoded_text import DecodedText
 from open_mythos.inference.exit import Memory
 from open_mythos.inference.sampling import SamplingParams
 
@@ -31,6 +32,8 @@ class Output:
     logprobs: list[float] | None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    text: str | None = None
+    """The new tokens as text, without the stop token or string that ended it; None if the engine has no tokenizer."""
 
 
 @dataclass
@@ -69,6 +72,7 @@ class Request:
     random: torch.Generator
     loops: Loops | None = None
     """None while its next tokens have not been encoded."""
+    text: DecodedText | None = None
 
     @property
     def pending(self) -> list[int]:

@@ -33,6 +33,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """Logits of tokens already there are divided by it if positive, multiplied if negative (CTRL, arXiv 1909.05858)."""
     stop_tokens: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    """End the request as soon as its new text has one of them; the engine needs a tokenizer for that."""
     seed: int = 0
     logprobs: bool = False
     """Also return the log-probability of every token, before temperature and filters."""
@@ -49,6 +51,8 @@ class SamplingParams:
         self._require("repetition_penalty", penalty, "a positive number")
         self._require("seed", _integer(self.seed, 0), "an integer of at least 0")
         self._require("stop_tokens", all(_integer(token, 0) for token in self.stop_tokens), "token ids")
+        strings = isinstance(self.stop_strings, tuple | list) and all(_text(one) for one in self.stop_strings)
+        self._require("stop_strings", strings, "a tuple of strings that are not empty")
 
     def _require(self, name: str, ok: bool, accepted: str) -> None:
         if not ok:
@@ -100,6 +104,10 @@ def _token(logits: Tensor, params: SamplingParams, random: torch.Generator) -> T
 
 def _integer(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def _finite(value: object) -> bool:
