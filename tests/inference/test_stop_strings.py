@@ -155,8 +155,8 @@ def test_a_callback_that_raises_fails_its_request_alone(moment: int) -> None:
 def test_a_callback_hears_of_requests_that_cannot_be_served() -> None:
     seen: list[Event] = []
     outputs = _engine().generate([[], [1]], SamplingParams(max_new_tokens=1, n_loops=1), seen.append)
-    assert seen[0] == Event(0, None, None, "error", "")
-    assert outputs[0].error == "prompt is empty; it must have at least one token"
+    assert seen[0] == Event(0, None, None, "error", "", "prompt is empty; it must have at least one token")
+    assert outputs[0].error == seen[0].error
 
 
 def test_who_stops_listening_to_a_stream_cancels_the_rest_of_it() -> None:

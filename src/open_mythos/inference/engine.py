@@ -37,6 +37,7 @@ class Event(NamedTuple):
     finish_reason: FinishReason | None
     text: str | None = None
     """What has become certain of the request's text; all of them join to the output's. None without a tokenizer."""
+    error: str | None = None
 
 
 @dataclass
@@ -70,6 +71,11 @@ class Stats:
     def occupancy(self) -> float:
         """Requests per call of the recurrent block."""
         return self.lanes / self.waves if self.waves else 0.0
+
+
+def cache_bytes_needed(model: OpenMythos, length: int, n_loops: int) -> int:
+    """The most bytes of cache that a request of so many positions, prompt included, can come to hold."""
+    return _pages(model, length, n_loops) * PagedCache(model.config, 1, _PAGE_SIZE, model.embed.weight).page_bytes
 
 
 class Engine:
@@ -169,7 +175,8 @@ class Engine:
         try:
             for number, request in enumerate(requests):
                 if request.output.finish_reason is not None:
-                    yield Event(number, None, None, request.output.finish_reason, request.output.text)
+                    output = request.output
+                    yield Event(number, None, None, output.finish_reason, output.text, output.error)
             while any(request.output.finish_reason is None for request in requests):
                 for event in self.step():
                     if event.request in known:
@@ -208,7 +215,7 @@ class Engine:
             params=params,
             n_loops=n_loops,
             table=RowTable(self.cache, length),
-            reserved=self._pages(length, n_loops),
+            reserved=_pages(self.model, length, n_loops),
             output=output,
             random=torch.Generator().manual_seed(params.seed),
             text=None if tokenizer is None else DecodedText(tokenizer, params.stop_strings),
@@ -235,12 +242,6 @@ class Engine:
             parts = f"the request may need {request.reserved * self.cache.page_bytes} bytes of cache"
             return f"{parts}; cache_bytes allows {self.cache.pages.n_pages * self.cache.page_bytes}"
         return None
-
-    def _pages(self, length: int, n_loops: int) -> int:
-        """The most pages that a request of so many positions can come to hold."""
-        c = self.model.config
-        layers = c.prelude_layers + c.coda_layers + c.recurrent_layers * n_loops
-        return layers * -(-length // self.cache.page_size)
 
     def _admit(self) -> None:
         """In the order of arrival, as many as there is certainly room for."""
@@ -291,6 +292,13 @@ class Engine:
         self._stats.lanes += len(wave)
         self._stats.loops += sum(int(r.loops.active.sum()) for r in wave if r.loops is not None)
         self._stats.peak_cache_bytes = max(self._stats.peak_cache_bytes, self.cache.bytes_in_use)
+
+
+def _pages(model: OpenMythos, length: int, n_loops: int) -> int:
+    """The most pages that a request of so many positions can come to hold."""
+    c = model.config
+    layers = c.prelude_layers + c.coda_layers + c.recurrent_layers * n_loops
+    return layers * -(-length // _PAGE_SIZE)
 
 
 def _add_text(request: Request, token: int) -> bool:
