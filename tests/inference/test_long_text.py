@@ -76,11 +76,11 @@ def test_a_character_may_lie_across_two_stretches() -> None:
     halves = {"Ã": 0, "©": 1, "¨": 2, "ª": 3, "«": 4, "Å": 5}
     engine.tokenizer = TextTokenizer(Tokenizer(models.BPE(vocab=halves, merges=[])))
     engine.tokenizer.tokenizer.decoder = decoders.ByteLevel()
-    for seed in range(8):
+    for seed in range(3):
         events = list(stream_long(engine, [[1, 2, 3]], [replace(PARAMS, seed=seed)]))
         tokens = _tokens(events)
         assert "".join(event.text for event in events) == engine.tokenizer.decode(tokens)
-        across += tokens[12] in (0, 5) and tokens[13] in (1, 2, 3, 4)
+        across += sum(tokens[seam - 1] in (0, 5) and tokens[seam] in (1, 2, 3, 4) for seam in (13, 21, 29, 37))
     assert across
 
 
