@@ -187,6 +187,16 @@ def test_a_prompt_that_cannot_be_served_fails_alone(
     assert printed.err == "mythos: 2 of 3 prompts failed; their rows say why\n"
 
 
+def test_where_every_prompt_fails_every_row_says_why(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.txt").write_text("X\nY\n")
+    assert main(["generate", str(folder), "--prompts", str(tmp_path / "p.txt")]) == 2
+    printed = capsys.readouterr()
+    assert [json.loads(line)["finish_reason"] for line in printed.out.splitlines()] == ["error", "error"]
+    assert "2 of 2 prompts failed" in printed.err
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [

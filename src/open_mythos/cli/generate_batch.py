@@ -86,7 +86,7 @@ def engine_for(
     model: OpenMythos, tokenizer: TextTokenizer, prompts: Sequence[list[int]], wishes: SamplingParams
 ) -> Engine:
     """An engine with a cache for all of them at once, or for as many as go into a quarter of a gigabyte."""
-    lengths = [min(len(ids) + wishes.max_new_tokens, model.config.max_seq_len) for ids in prompts]
+    lengths = [min(len(ids) + wishes.max_new_tokens, model.config.max_seq_len) for ids in prompts] or [1]
     needed = [cache_bytes_needed(model, length, loop_limit(model, wishes)) for length in lengths]
     return Engine(model, tokenizer=tokenizer, cache_bytes=max(*needed, min(sum(needed), _CACHE_BYTES)))
 
@@ -126,7 +126,7 @@ def _serve(
     places, written = list(served), 0
     params = [replace(wishes, seed=wishes.seed + place) for place in places]
     columns = (TextColumn("texts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    engine = engine_for(model, tokenizer, list(served.values()) or [[0]], wishes)
+    engine = engine_for(model, tokenizer, list(served.values()), wishes)
     with Progress(*columns, console=notes, disable=file.isatty() or not notes.is_terminal, transient=True) as progress:
         bar = progress.add_task("", total=len(rows))
         for event in (None, *stream_long(engine, list(served.values()), params)):

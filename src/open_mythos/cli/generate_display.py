@@ -110,7 +110,7 @@ def summary(stats: Stats, exits: Sequence[int]) -> Text:
 
 
 def _ranges(n_loops: int) -> list[tuple[int, int]]:
-    """Depths 1 to `n_loops` in ranges: each by itself while they are few, then two ranges for every doubling."""
+    """Depths 1 to `n_loops` in ranges: each by itself where they are few, otherwise two ranges for every doubling."""
     if n_loops <= _STEPS:
         return [(loops, loops) for loops in range(1, n_loops + 1)]
     ends = [1, 2, *(end for octave in range(1, n_loops.bit_length()) for end in (3 << (octave - 1), 4 << (octave - 1)))]
