@@ -164,7 +164,7 @@ def test_only_what_is_computed_is_stored(sharing: CacheSharing, attn_type: str) 
     planned = sum(bytes_per_position(model.config, loops, sharing=sharing) for loops in exits) + pending
     assert table.bytes_stored == planned
     in_pages = engine.stats().cache_bytes
-    assert planned <= in_pages < planned + 2 * engine.cache.page_bytes  # a page of each kind is partly filled
+    assert planned <= in_pages < planned + 2 * engine.cache.layout.page_bytes  # a page of each kind is partly filled
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -113,6 +113,11 @@ class TextStream:
         self._before, self._held = self._held, []
         return text
 
+    @property
+    def readable(self) -> str:
+        """The whole characters of what is held back."""
+        return self._text().rstrip("\ufffd") if self._held else ""
+
     def finish(self) -> str:
         """What is still held back."""
         text = self._text()

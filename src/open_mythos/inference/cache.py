@@ -1,6 +1,6 @@
 """Keys and values of many requests in preallocated tensors, in pages; only what was computed is stored.
 
-Main entries: `PagedCache`, `RowTable`.
+Main entries: `CacheLayout`, `PagedCache`, `RowTable`.
 """
 
 from __future__ import annotations
@@ -15,76 +15,85 @@ from open_mythos.config import MythosConfig
 from open_mythos.inference.pages import PageAllocator
 from open_mythos.model.cache import CacheAddress, Entries
 from open_mythos.model.cache_sharing import CacheSharing, EveryLoop
+from open_mythos.model.mythos import OpenMythos
 
 Rows = NDArray[np.int64]
 
 _LEAST_PER_PAGE = 16
 
 
-class PagedCache:
-    """Pages of rows; a row holds what one attention layer caches of one position (at one loop).
+class CacheLayout:
+    """How rows lie in pages; a row holds what one attention layer caches of one position (at one loop).
 
     What the layers of a stage keep of a position lies in rows side by side: those of the prelude and the coda together
     make an outer entry, those of the recurrent block at one loop a looped one. A page holds entries of one kind.
     """
 
-    def __init__(
-        self, config: MythosConfig, cache_bytes: int, like: Tensor, sharing: CacheSharing | None = None
-    ) -> None:
-        """`like` gives dtype and device; `ValueError` where `cache_bytes` are less than one page."""
-        self.sharing = sharing or EveryLoop()
+    def __init__(self, config: MythosConfig, itemsize: int, sharing: CacheSharing) -> None:
+        """`itemsize` is that of a number, in bytes."""
+        self.sharing, self.shapes = sharing, config.cache_widths
         self.loop_width, self.outer_width = config.recurrent_layers, config.prelude_layers + config.coda_layers
         both = lcm(self.loop_width, self.outer_width or 1)
         self.page_rows = both * ceil(_LEAST_PER_PAGE * self.loop_width / both)
-        self._offsets = {"prelude": 0, "recurrent": 0, "coda": config.prelude_layers}
-        shapes = config.cache_widths
-        self.row_bytes = sum(map(prod, shapes.values())) * like.element_size()
-        if cache_bytes < self.page_bytes:
-            raise ValueError(f"cache_bytes is {cache_bytes}; it must be at least one page, {self.page_bytes}")
-        self.pages = PageAllocator(cache_bytes // self.page_bytes)
-        n_rows = self.pages.n_pages * self.page_rows
-        # Heads first: what is read of a head then lies in one piece, as a product over keys wants it.
-        self._entries = {name: like.new_zeros(*shape[:-1], n_rows, shape[-1]) for name, shape in shapes.items()}
-
-    @property
-    def page_bytes(self) -> int:
-        """Of one page."""
-        return self.page_rows * self.row_bytes
-
-    @property
-    def bytes_in_use(self) -> int:
-        """Of the pages that somebody holds."""
-        return (self.pages.n_pages - self.pages.n_free) * self.page_bytes
+        self.row_bytes = sum(map(prod, self.shapes.values())) * itemsize
+        self.page_bytes = self.page_rows * self.row_bytes
+        self._first_row = {"prelude": 0, "recurrent": 0, "coda": config.prelude_layers}
 
     def pages_for(self, length: int, n_loops: int) -> int:
         """The most pages that so many positions of so many loops can come to fill."""
         looped = length * self.sharing.slots(n_loops) * self.loop_width
         return ceil(looped / self.page_rows) + ceil(length * self.outer_width / self.page_rows)
 
+    def offset(self, address: CacheAddress) -> int:
+        """A layer's row within the entries of its stage."""
+        return self._first_row[address.stage] + address.layer
+
+
+def cache_bytes_needed(model: OpenMythos, length: int, n_loops: int) -> int:
+    """The most bytes of cache that a request of so many positions, prompt included, can come to hold."""
+    layout = CacheLayout(model.config, model.embed.weight.element_size(), EveryLoop())
+    return layout.pages_for(length, n_loops) * layout.page_bytes
+
+
+class PagedCache:
+    """The rows of all requests, in pages."""
+
+    def __init__(self, layout: CacheLayout, cache_bytes: int, like: Tensor) -> None:
+        """`like` gives dtype and device; `ValueError` where `cache_bytes` are less than one page."""
+        if cache_bytes < layout.page_bytes:
+            raise ValueError(f"cache_bytes is {cache_bytes}; it must be at least one page, {layout.page_bytes}")
+        self.layout = layout
+        self.pages = PageAllocator(cache_bytes // layout.page_bytes)
+        n_rows = self.pages.n_pages * layout.page_rows
+        # Heads first: what is read of a head then lies in one piece, as a product over keys wants it.
+        self._entries = {name: like.new_zeros(*shape[:-1], n_rows, shape[-1]) for name, shape in layout.shapes.items()}
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Of the pages that somebody holds."""
+        return (self.pages.n_pages - self.pages.n_free) * self.layout.page_bytes
+
     def write(self, address: CacheAddress, first_rows: Tensor, new: Entries) -> None:
         """Put a layer's entries (n, ...) where their positions' rows begin, `first_rows` (n,)."""
-        rows = first_rows + self._offset(address)
+        rows = first_rows + self.layout.offset(address)
         for name, tensor in new.items():
             self._entries[name].index_copy_(-2, rows, tensor.movedim(0, -2))
 
     def read(self, address: CacheAddress, first_rows: Tensor) -> Entries:
         """Entries (batch, keys, ...) of a layer, for the positions whose rows begin at `first_rows` (batch, keys)."""
-        rows = (first_rows + self._offset(address)).flatten()
+        rows = (first_rows + self.layout.offset(address)).flatten()
         found = {name: tensor.index_select(-2, rows) for name, tensor in self._entries.items()}
         return {name: x.unflatten(-2, first_rows.shape).movedim((-3, -2), (0, 1)) for name, x in found.items()}
-
-    def _offset(self, address: CacheAddress) -> int:
-        return self._offsets[address.stage] + address.layer
 
 
 class RowTable:
     """Where the rows of one request's positions begin, at most `capacity` of them and of `n_loops` loops each."""
 
     def __init__(self, cache: PagedCache, capacity: int, n_loops: int) -> None:
-        self._cache = cache
+        self._cache, self._layout = cache, cache.layout
         self.outer: Rows = np.zeros(capacity, np.int64)
         """(capacity,): the outer entry."""
-        self.looped: Rows = np.zeros((cache.sharing.slots(n_loops), capacity), np.int64)
+        self.looped: Rows = np.zeros((cache.layout.sharing.slots(n_loops), capacity), np.int64)
         """(slots, capacity): the looped entry that queries see; where a position has none of that slot, its last."""
         self.exits = np.zeros(capacity, np.int64)
         """(capacity,): how many loops each position has run."""
@@ -95,24 +104,24 @@ class RowTable:
     def place(self, loop: int | None, positions: Rows | int) -> None:
         """New entries for positions: of a loop, or outer ones."""
         if loop is None:
-            if self._cache.outer_width:
-                self.outer[positions] = self._take(self._free_outer, self._cache.outer_width, positions)
+            if self._layout.outer_width:
+                self.outer[positions] = self._take(self._free_outer, self._layout.outer_width, positions)
             return
         self.exits[positions] = loop + 1
-        slot = self._cache.sharing.slot(loop)
+        slot = self._layout.sharing.slot(loop)
         if slot == loop:  # a later loop of the same slot writes over it
-            self.looped[slot:, positions] = self._take(self._free_looped, self._cache.loop_width, positions)
+            self.looped[slot:, positions] = self._take(self._free_looped, self._layout.loop_width, positions)
 
     def seen(self, loop: int | None) -> Rows:
         """Where the rows begin that queries at this loop read, (capacity,)."""
-        return self.outer if loop is None else self.looped[self._cache.sharing.slot(loop)]
+        return self.outer if loop is None else self.looped[self._layout.sharing.slot(loop)]
 
     def drop(self, positions: range) -> None:
         """Free the rows of positions that turned out not to be wanted."""
         for position in positions:
-            if self._cache.outer_width:
+            if self._layout.outer_width:
                 self._free_outer.append(int(self.outer[position]))
-            filled = self._cache.sharing.slots(int(self.exits[position]))
+            filled = self._layout.sharing.slots(int(self.exits[position]))
             self._free_looped.extend(self.looped[:filled, position].tolist())
             self.exits[position] = 0
 
@@ -125,8 +134,8 @@ class RowTable:
     @property
     def bytes_stored(self) -> int:
         """Of the rows that hold something, those adopted with whole pages included."""
-        free = len(self._free_outer) * self._cache.outer_width + len(self._free_looped) * self._cache.loop_width
-        return (len(self.pages) * self._cache.page_rows - free) * self._cache.row_bytes
+        free = len(self._free_outer) * self._layout.outer_width + len(self._free_looped) * self._layout.loop_width
+        return (len(self.pages) * self._layout.page_rows - free) * self._layout.row_bytes
 
     def release(self) -> None:
         """Let go of all pages."""
@@ -136,7 +145,7 @@ class RowTable:
     def _take(self, free: list[int], width: int, positions: Rows | int) -> list[int] | int:
         n = 1 if isinstance(positions, int) else len(positions)
         while len(free) < n:
-            page, size = self._cache.pages.take(), self._cache.page_rows
+            page, size = self._cache.pages.take(), self._layout.page_rows
             self.pages.append(page)
             free[:0] = range((page + 1) * size - width, page * size - 1, -width)
         return free.pop() if isinstance(positions, int) else [free.pop() for _ in range(n)]

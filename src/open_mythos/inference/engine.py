@@ -7,7 +7,8 @@ are decided per position, and a halted position is frozen.
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,7 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from open_mythos.inference.cache import PagedCache, RowTable
+from open_mythos.data.tokenizer import TextTokenizer
+from open_mythos.inference.cache import CacheLayout, PagedCache, RowTable
+from open_mythos.inference.decoded_text import DecodedText
 from open_mythos.inference.prefixes import Prefixes
 from open_mythos.inference.request import FinishReason, Output, Request
 from open_mythos.inference.runner import Failure, Reading, Runner
@@ -35,6 +38,9 @@ class Event(NamedTuple):
     token: int | None
     exit_loops: int | None
     finish_reason: FinishReason | None
+    text: str | None = None
+    """What has become certain of the request's text; all of them join to the output's. None without a tokenizer."""
+    error: str | None = None
 
 
 @dataclass
@@ -87,23 +93,26 @@ class Engine:
 
     A request is begun while the positions being computed, those of its prompt included, are at most
     `max_batch_tokens`; a prompt longer than that is computed when nothing else is. Pages that running requests do not
-    need keep finished prompts, unless `reuse_prefixes` is False. `sharing` says which loops keep keys and values.
+    need keep finished prompts, unless `reuse_prefixes` is False. `sharing` says which loops keep keys and values. With
+    a tokenizer, outputs and events have text, and requests may have stop strings.
     """
 
     def __init__(
         self,
         model: OpenMythos,
         *,
+        tokenizer: TextTokenizer | None = None,
         max_batch_tokens: int = 512,
         cache_bytes: int = 2**28,
         sharing: CacheSharing | None = None,
         reuse_prefixes: bool = True,
     ) -> None:
-        self.model, self._modules = model, list(model.modules())
-        self.cache = PagedCache(model.config, cache_bytes, model.embed.weight, sharing)
+        self.model, self.tokenizer, self._modules = model, tokenizer, list(model.modules())
+        layout = CacheLayout(model.config, model.embed.weight.element_size(), sharing or EveryLoop())
+        self.cache = PagedCache(layout, cache_bytes, model.embed.weight)
         self.scheduler = Scheduler(max_batch_tokens, self.cache.pages.n_pages)
         self.runner = Runner(model, self.cache)
-        self._exact = self.cache.sharing == EveryLoop()
+        self._exact = self.cache.layout.sharing == EveryLoop()
         self._prefixes = Prefixes(self.cache)
         self._reuses = reuse_prefixes and self._exact
         self._stats = Stats()
@@ -126,23 +135,30 @@ class Engine:
         while self._prefixes.evict():
             pass
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]) -> list[Output]:
-        """All outputs, in the order of the prompts."""
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        on_event: Callable[[Event], None] | None = None,
+    ) -> list[Output]:
+        """All outputs, in the order of the prompts.
+
+        `on_event` is called with what `stream` would yield; if it raises, that request alone ends as an error.
+        """
         requests = self._submit(prompts, params)
-        while self.busy:
-            self.step()
+        with closing(self._events(requests)) as events:
+            for event in events:
+                if on_event is not None:
+                    self._call(on_event, event, requests[event.request])
         return [request.output for request in requests]
 
     def stream(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]) -> Iterator[Event]:
-        """Tokens of all requests as they come; `request` counts the prompts."""
-        requests = self._submit(prompts, params)
-        known = {request.index: number for number, request in enumerate(requests)}
-        for request in requests:
-            if request.output.finish_reason is not None:
-                yield Event(known[request.index], None, None, request.output.finish_reason)
-        while self.busy:
-            for event in self.step():
-                yield event._replace(request=known[event.request])
+        """Tokens of all requests as they come; `request` counts the prompts. Who stops listening cancels the rest."""
+        yield from self._events(self._submit(prompts, params))
+
+    def submit(self, prompt: Prompt, params: SamplingParams) -> Request:
+        """Queue a request that `step` then serves; its `index` is the number that events and `cancel` use."""
+        return self._submit([prompt], params)[0]
 
     def step(self) -> list[Event]:
         """Begin what there is room for, then run one loop, or take next tokens from what has halted."""
@@ -159,9 +175,38 @@ class Engine:
 
     def cancel(self, request: int) -> None:
         """End a request early, whatever it is doing; unknown or finished ones are left alone."""
+        self._drop(request, "cancelled")
+
+    def _drop(self, request: int, reason: FinishReason) -> None:
         if request in self._requests:
-            self._finish(self._requests[request], "cancelled")
+            self._finish(self._requests[request], reason)
             self.runner.flight.keep(self._still_wanted())
+
+    def _events(self, requests: Sequence[Request]) -> Generator[Event]:
+        """What becomes of these requests, numbered as they stand; whoever closes this cancels what is left of them."""
+        known = {request.index: number for number, request in enumerate(requests)}
+        open_ones = {request.index for request in requests if request.output.finish_reason is None}
+        try:
+            for number, request in enumerate(requests):
+                if request.index not in open_ones:
+                    output = request.output
+                    yield Event(number, None, None, output.finish_reason, output.text, output.error)
+            while open_ones:
+                for event in self.step():
+                    if event.request in known:
+                        yield event._replace(request=known[event.request])
+                open_ones &= self._requests.keys()
+        finally:
+            for request in requests:
+                self.cancel(request.index)
+
+    def _call(self, on_event: Callable[[Event], None], event: Event, request: Request) -> None:
+        try:
+            on_event(event)
+        except Exception as error:  # the callback may be anybody's code
+            self._drop(request.index, "error")
+            why = f"on_event raised {type(error).__name__}: {error}"
+            request.output.finish_reason, request.output.error = "error", request.output.error or why
 
     def _submit(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]) -> list[Request]:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
@@ -179,7 +224,8 @@ class Engine:
         config = self.model.config
         n_loops = config.max_loop_iters if params.n_loops == "auto" else params.n_loops
         length = len(prompt) + params.max_new_tokens
-        output = Output([], [], [] if params.logprobs else None)
+        tokenizer = self.tokenizer
+        output = Output([], [], [] if params.logprobs else None, text=None if tokenizer is None else "")
         self._submitted += 1
         request = Request(
             index=self._submitted - 1,
@@ -190,6 +236,7 @@ class Engine:
             output=output,
             random=torch.Generator().manual_seed(params.seed),
             tokens=list(prompt),
+            text=None if tokenizer is None else DecodedText(tokenizer, params.stop_strings),
         )
         wrong = self._why_not(request, length)
         if wrong is not None:
@@ -200,6 +247,8 @@ class Engine:
         config, params = self.model.config, request.params
         if not request.prompt:
             return "prompt is empty; it must have at least one token"
+        if params.stop_strings and request.text is None:
+            return f"stop_strings is {params.stop_strings!r}; the engine must have a tokenizer to look for them"
         for name, tokens in (
             ("prompt", request.prompt),
             ("stop_tokens", params.stop_tokens),
@@ -212,15 +261,17 @@ class Engine:
             parts = f"prompt has {len(request.prompt)} tokens and max_new_tokens is {params.max_new_tokens}"
             return f"{parts}; together they must be at most max_seq_len ({config.max_seq_len})"
         if params.speculation is not None and not self._exact:
-            return f"speculation needs a cache in which every loop keeps its own; sharing is {self.cache.sharing}"
+            return (
+                f"speculation needs a cache in which every loop keeps its own; sharing is {self.cache.layout.sharing}"
+            )
         if self._pages(request) > self.cache.pages.n_pages:
-            parts = f"the request may need {self._pages(request) * self.cache.page_bytes} bytes of cache"
-            return f"{parts}; cache_bytes allows {self.cache.pages.n_pages * self.cache.page_bytes}"
+            parts = f"the request may need {self._pages(request) * self.cache.layout.page_bytes} bytes of cache"
+            return f"{parts}; cache_bytes allows {self.cache.pages.n_pages * self.cache.layout.page_bytes}"
         return None
 
     def _pages(self, request: Request) -> int:
         """The most pages that it can come to hold."""
-        return self.cache.pages_for(len(request.prompt) + request.params.max_new_tokens, request.n_loops)
+        return self.cache.layout.pages_for(len(request.prompt) + request.params.max_new_tokens, request.n_loops)
 
     def _begin(self) -> list[Request]:
         """In the order of arrival, as many as there is certainly room for."""
@@ -278,7 +329,7 @@ class Engine:
         request = self._requests[failure.request]
         request.output.error = failure.error
         self._finish(request, "error")
-        return Event(request.index, None, None, "error")
+        return Event(request.index, None, None, "error", None, failure.error)
 
     def _turn(self, final: Sequence[Turn], guessing: Sequence[Turn], fresh: Sequence[Request]) -> list[Event]:
         """Next tokens and guesses; then encode these, and the prompts of requests that are new."""
@@ -329,11 +380,13 @@ class Engine:
         else:
             self._drop_guesses(request, stays)
             request.tokens.append(choice.token)
-        if choice.token in params.stop_tokens:
+        before = len(output.text or "")
+        if choice.token in params.stop_tokens or request.add_text(choice.token):
             self._finish(request, "stop")
         elif len(output.token_ids) == params.max_new_tokens:
             self._finish(request, "length")
-        return Event(request.index, choice.token, exit_loops, output.finish_reason)
+        text = None if output.text is None else output.text[before:]
+        return Event(request.index, choice.token, exit_loops, output.finish_reason, text)
 
     def _drop_guesses(self, request: Request, stays: NDArray[np.bool_]) -> None:
         flight = self.runner.flight
@@ -352,6 +405,8 @@ class Engine:
         self.scheduler.end(request.index)
         request.table.release()
         request.output.finish_reason = reason
+        if request.text is not None and request.output.text is not None:
+            request.output.text += request.text.finish()
         del self._requests[request.index]
         self._begun.pop(request.index, None)
 

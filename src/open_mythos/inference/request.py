@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from open_mythos.inference.cache import RowTable
+from open_mythos.inference.decoded_text import DecodedText
 from open_mythos.inference.sampling import SamplingParams
 from open_mythos.inference.speculation import Draft
 
@@ -28,6 +29,8 @@ class Output:
     logprobs: list[float] | None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    text: str | None = None
+    """The new tokens as text, without the stop token or string that ended it; None if the engine has no tokenizer."""
 
 
 @dataclass
@@ -48,11 +51,19 @@ class Request:
     done: int = 0
     """How many positions are final."""
     drafts: list[Draft] = field(default_factory=list)
+    text: DecodedText | None = None
 
     @property
     def pending(self) -> list[int]:
         """Tokens that have not been encoded."""
         return self.tokens[self.encoded :]
+
+    def add_text(self, token: int) -> bool:
+        """Whether the text with this token has a stop string."""
+        if self.text is None or self.output.text is None:
+            return False
+        self.output.text += self.text.push(token)
+        return self.text.stopped
 
     @property
     def turn(self) -> int:

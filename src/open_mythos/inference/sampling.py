@@ -39,6 +39,8 @@ class SamplingParams:
     continuation: tuple[int, ...] | None = None
     """Tokens to take whatever the model says; with `logprobs`, this scores a given text."""
     stop_tokens: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    """End the request as soon as its new text has one of them; the engine needs a tokenizer for that."""
     seed: int = 0
     logprobs: bool = False
     """Also return the log-probability of every token, before temperature and filters."""
@@ -59,6 +61,8 @@ class SamplingParams:
         self._require("continuation", given, f"None or at least max_new_tokens ({self.max_new_tokens}) tokens")
         self._require("seed", _integer(self.seed, 0), "an integer of at least 0")
         self._require("stop_tokens", all(_integer(token, 0) for token in self.stop_tokens), "token ids")
+        strings = isinstance(self.stop_strings, tuple | list) and all(_text(one) for one in self.stop_strings)
+        self._require("stop_strings", strings, "a tuple of strings that are not empty")
 
     def _require(self, name: str, ok: bool, accepted: str) -> None:
         if not ok:
@@ -152,6 +156,10 @@ def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
 
 def _integer(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def _finite(value: object) -> bool:

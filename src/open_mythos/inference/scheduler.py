@@ -34,10 +34,14 @@ class Scheduler:
         """Pages set aside for requests that have begun."""
         return sum(job.pages for job in self._running.values())
 
+    def __len__(self) -> int:
+        """Requests that have not ended."""
+        return len(self._waiting) + len(self._running)
+
     @property
     def busy(self) -> bool:
         """Whether anything is left to do."""
-        return bool(self._waiting or self._running)
+        return len(self) > 0
 
     def submit(self, job: Job) -> None:
         """Wait in line."""
