@@ -35,13 +35,20 @@ def test_strings_by_hand() -> None:
 
 def test_ids_and_answers_are_tokens_of_the_vocabulary_and_both_are_frequent() -> None:
     """Of 6400 fair bits, fewer than 2900 ones or zeros would be seven standard deviations away."""
-    task = Parity()
+    task = Parity(skewed=0.0)
     ids, targets, _ = task.batch(64, 100, torch.Generator().manual_seed(1))
     for tokens in (ids, targets):
         counts = tokens.flatten().bincount(minlength=task.vocab_size)
         assert counts[0] == 0
         assert counts[1:].min() > 2900
         assert len(counts) == task.vocab_size == 3
+
+
+@pytest.mark.parametrize(("skewed", "low", "high"), [(0.0, 0.0, 0.005), (0.5, 0.06, 0.10), (1.0, 0.13, 0.18)])
+def test_skewed_strings_have_long_runs(skewed: float, low: float, high: float) -> None:
+    """12 bits are all the same in 2 of 2**12 fair strings; with a share of ones of their own, in 2 of 13."""
+    ids = Parity(skewed=skewed).batch(4000, 12, torch.Generator().manual_seed(2)).ids
+    assert low <= float((ids == ids[:, :1]).all(1).float().mean()) <= high
 
 
 def test_a_generator_makes_strings_repeatable_and_leaves_the_global_state_alone() -> None:

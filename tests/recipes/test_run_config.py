@@ -59,7 +59,7 @@ def test_changes_reach_one_field_and_leave_the_rest() -> None:
         ({"training": {"optim": {"betas": 0.9}}}, "training.optim.betas is 0.9; it must be a list"),
         ({"depth": {"name": "deep"}}, "depth plan is"),
         ({"model": {"window": "wide"}}, "window"),
-        ({"longest": 200}, r"longest is 200; it must be at most model.max_seq_len \(96\)"),
+        ({"longest": 600}, r"longest is 600; it must be at most model.max_seq_len \(512\)"),
         ({"task": "chess"}, "task is 'chess'; it must be one of parity"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],

@@ -95,6 +95,10 @@ def test_difficulty_is_what_the_data_says() -> None:
     asked = Asked(3, 0.0, torch.tensor([1, 2, 5]))
     assert Difficulty().draw(asked, torch.Generator()).n_loops.tolist() == [1, 2, 5]
     assert Difficulty(factor=1.5).draw(asked, torch.Generator()).n_loops.tolist() == [2, 3, 8]
+    assert Difficulty(most=4).draw(asked, torch.Generator()).n_loops.tolist() == [1, 2, 4]
+    plan = Difficulty(extra=3, most=4)
+    drawn = torch.stack([plan.draw(asked, torch.Generator().manual_seed(seed)).n_loops for seed in range(80)])
+    assert [sorted(set(column)) for column in drawn.T.tolist()] == [[1, 2, 3, 4], [2, 3, 4], [4]]
     with pytest.raises(ValueError, match="text does not"):
         Difficulty().draw(Asked(3, 0.0, None), torch.Generator())
 
@@ -134,6 +138,7 @@ def test_a_ramp_rises_to_its_plan() -> None:
         ({"name": "poisson", "per_sequence": "no"}, "per_sequence is 'no'"),
         ({"name": "log_normal_poisson", "sigma": "wide"}, "sigma is 'wide'"),
         ({"name": "difficulty", "extra": 0.5}, "extra is 0.5"),
+        ({"name": "difficulty", "most": 0}, "most is 0"),
         ({"name": "ramp"}, "depth plan is None"),
         ({"name": ["poisson"]}, "depth plan is"),
         ("poisson", "depth plan is 'poisson'"),

@@ -15,9 +15,15 @@ from open_mythos.data.batch import Batch
 
 @dataclass(frozen=True)
 class RunningSums:
-    """Ids are 1 plus a digit below `modulus`; the target at every position is 1 plus the sum so far modulo that."""
+    """Ids are 1 plus a digit below `modulus`; the target at every position is 1 plus the sum so far modulo that.
+
+    In a share `skewed` of the strings, each has its own shares of the digits, all shares equally likely. Where every
+    digit is as likely as the others, long runs of one, broken now and then, are so rare that training hardly sees them,
+    and long strings fail there.
+    """
 
     modulus: int = 3
+    skewed: float = 0.5
     digits_per_loop: int = 4
     """How many digits one loop is expected to handle; sets the loops that a length is trained with."""
 
@@ -28,7 +34,9 @@ class RunningSums:
 
     def batch(self, size: int, length: int, generator: torch.Generator) -> Batch:
         """Random strings of digits and their answers, both (size, length)."""
-        digits = torch.randint(0, self.modulus, (size, length), generator=generator)
+        own = torch.rand(size, self.modulus, generator=generator).clamp_min(1e-6).log().neg()
+        shares = torch.where(torch.rand(size, 1, generator=generator) < self.skewed, own, 1.0)
+        digits = torch.multinomial(shares, length, replacement=True, generator=generator)
         sums = digits.cumsum(1) % self.modulus
         return Batch(digits + 1, sums + 1, torch.full((size,), self.loops(length)))
 

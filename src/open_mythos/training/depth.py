@@ -145,10 +145,12 @@ class Difficulty:
     name: ClassVar[str] = "difficulty"
     factor: float = 1.0
     extra: int = 0
+    most: int | None = None
+    """No sequence runs more, whatever it needs."""
     grad_loops: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "grad_loops")
+        _at_least_one(self, "most", "grad_loops")
         for field in ("factor", "extra"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be a number of at least 0")
@@ -162,7 +164,7 @@ class Difficulty:
             raise ValueError("depth plan 'difficulty' needs data that knows how many loops it takes; text does not")
         needed = torch.ceil(asked.difficulty.double() * self.factor)
         extra = torch.randint(0, self.extra + 1, (asked.batch,), generator=random)
-        return LoopPlan(_integers((needed + extra).clamp_min(1)), self.grad_loops)
+        return LoopPlan(_integers((needed + extra).clamp(1, self.most)), self.grad_loops)
 
 
 @dataclass(frozen=True, kw_only=True)
