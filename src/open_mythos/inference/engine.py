@@ -170,6 +170,8 @@ class Engine:
                 events = self._turn(final, guessing, fresh)
             else:
                 events = self._loop()
+        if not self.busy:
+            self.runner.rest()
         self._stats.seconds += time.perf_counter() - begin
         return events
 
@@ -320,9 +322,11 @@ class Engine:
         self._stats.waves += 1
         self._stats.loops += int(flight.active.sum())
         self._stats.lanes += len(set(flight.owner[flight.active].tolist()))
-        events = [self._fail(failure) for failure in self.runner.loop(self._requests)]
+        failures = self.runner.loop(self._requests)
         self._stats.peak_cache_bytes = max(self._stats.peak_cache_bytes, self.cache.bytes_in_use)
-        flight.keep(self._still_wanted())
+        events = [self._fail(failure) for failure in failures]
+        if failures:
+            flight.keep(self._still_wanted())
         return events
 
     def _fail(self, failure: Failure) -> Event:

@@ -5,7 +5,7 @@ Main entry: `Runner`. It calls the model's own three stages and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +42,11 @@ class Runner:
         self.model, self.cache = model, cache
         self._like = model.embed.weight
         self.flight = Flight(model.config.dim, self._like)
+        self._constants: dict[Hashable, Tensor] = {}
+
+    def rest(self) -> None:
+        """Nothing is being computed: until the next call, weights may change."""
+        self._constants = {}
 
     def encode(self, requests: Sequence[Request]) -> None:
         """Put the positions of each request that have not been encoded yet into the flight."""
@@ -155,7 +160,7 @@ class Runner:
         return failures
 
     def _context(self, lanes: Sequence[Lane], *, place: bool = True) -> WaveContext:
-        return WaveContext(self.model.config, self.cache, lanes, self._like, place=place)
+        return WaveContext(self.model.config, self.cache, lanes, self._like, self._constants, place=place)
 
     def _there(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._like.device)

@@ -5,7 +5,7 @@ Main entries: `Lane`, `WaveContext`. All positions lie side by side in one seque
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -66,7 +66,14 @@ class WaveContext(ForwardContext):
     """
 
     def __init__(
-        self, config: MythosConfig, cache: PagedCache, lanes: Sequence[Lane], like: Tensor, *, place: bool = True
+        self,
+        config: MythosConfig,
+        cache: PagedCache,
+        lanes: Sequence[Lane],
+        like: Tensor,
+        constants: dict[Hashable, Tensor],
+        *,
+        place: bool = True,
     ) -> None:
         self._window = config.outer_reach if lanes[0].loop is None else config.loop_reach
         self._cache = cache
@@ -78,7 +85,7 @@ class WaveContext(ForwardContext):
         alone = np.array([at for _, at, _ in singles], np.int64)
         written = np.array([seen[at] for _, at, seen in singles], np.int64)
         self._positions = np.concatenate([alone, *(at for _, at, _ in blocks)])
-        super().__init__(config, len(self._positions), like.device, like.dtype)
+        super().__init__(config, len(self._positions), like.device, like.dtype, constants=constants)
         self._written = self._there(np.concatenate([written, *(seen[at] for _, at, seen in blocks)]))
         self._groups = [self._singles(alone, [seen for _, _, seen in singles])] if singles else []
         start = len(singles)
