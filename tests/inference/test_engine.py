@@ -38,7 +38,7 @@ def _prompts(random: Random, n: int, vocab: int) -> list[list[int]]:
     return [[random.randrange(vocab) for _ in range(random.randint(1, 12))] for _ in range(n)]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(60))
 def test_company_changes_nothing(seed: int) -> None:
     random = Random(seed)
     model = tiny_model(_config(random), seed)
@@ -60,7 +60,7 @@ def test_company_changes_nothing(seed: int) -> None:
         assert output.finish_reason == "length"
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(60))
 def test_the_engine_is_the_model(seed: int) -> None:
     """Without a rule of its own: tokens of `generate`, and exit loops of the full forward."""
     random = Random(1000 + seed)
