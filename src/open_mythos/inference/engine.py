@@ -234,7 +234,7 @@ class Engine:
             prompt=prompt,
             params=params,
             n_loops=n_loops,
-            table=RowTable(self.cache, length, n_loops),
+            table=RowTable(self.cache, 0, 1),
             output=output,
             random=torch.Generator().manual_seed(params.seed),
             tokens=list(prompt),
@@ -243,6 +243,8 @@ class Engine:
         wrong = self._why_not(request, length)
         if wrong is not None:
             output.finish_reason, output.error = "error", wrong
+        else:  # only now is it certain that its size is a sensible one
+            request.table = RowTable(self.cache, length, n_loops)
         return request
 
     def _why_not(self, request: Request, length: int) -> str | None:
