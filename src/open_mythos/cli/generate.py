@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from open_mythos.cli.generate_batch import encode, engine_for, loop_limit, read_prompts, write_texts
+from open_mythos.cli.generate_batch import encode, engine_for, read_prompts, write_texts
 from open_mythos.cli.generate_display import Display
 from open_mythos.data.tokenizer import TextTokenizer
 from open_mythos.inference.exit import ExitRule, PredictionChange, StableArgmax, StateChange
@@ -120,7 +120,7 @@ def _write(model: OpenMythos, tokenizer: TextTokenizer, prompt: str, wishes: Sam
     first = next(events)  # whatever is wrong is said before anything is printed
     if first.error is not None:
         raise ValueError(first.error)
-    display = Display(tokenizer, loop_limit(model, wishes), show_exits)
+    display = Display(tokenizer, wishes.most_loops(model.config), show_exits)
     display.begin(prompt)
     for event in chain([first], events):
         display.show(event)

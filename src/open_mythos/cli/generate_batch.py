@@ -78,17 +78,12 @@ def encode(tokenizer: TextTokenizer, prompt: str, max_seq_len: int) -> list[int]
     return ids
 
 
-def loop_limit(model: OpenMythos, wishes: SamplingParams) -> int:
-    """The most loops of any token."""
-    return model.config.max_loop_iters if wishes.n_loops == "auto" else wishes.n_loops
-
-
 def engine_for(
     model: OpenMythos, tokenizer: TextTokenizer, prompts: Sequence[list[int]], wishes: SamplingParams
 ) -> Engine:
     """An engine with a cache for all of them at once, or for as many as go into a quarter of a gigabyte."""
     lengths = [min(len(ids) + wishes.max_new_tokens, model.config.max_seq_len) for ids in prompts] or [1]
-    needed = [cache_bytes_needed(model, length, loop_limit(model, wishes)) for length in lengths]
+    needed = [cache_bytes_needed(model, length, wishes.most_loops(model.config)) for length in lengths]
     return Engine(model, tokenizer=tokenizer, cache_bytes=max(*needed, min(sum(needed), _CACHE_BYTES)))
 
 

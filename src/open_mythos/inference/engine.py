@@ -20,8 +20,8 @@ from open_mythos.data.tokenizer import TextTokenizer
 from open_mythos.inference.cache import CacheLayout, PagedCache, RowTable
 from open_mythos.inference.decoded_text import DecodedText
 from open_mythos.inference.prefixes import Prefixes
-from open_mythos.inference.request import FinishReason, Output, Request
-from open_mythos.inference.runner import Failure, Reading, Runner
+from open_mythos.inference.request import FinishReason, Output, Request, Turn
+from open_mythos.inference.runner import Failure, Runner
 from open_mythos.inference.sampling import Asked, Choice, SamplingParams, choose_all, draw_draft
 from open_mythos.inference.scheduler import Job, Scheduler
 from open_mythos.model.cache_sharing import CacheSharing, EveryLoop
@@ -79,13 +79,6 @@ class Stats:
     def occupancy(self) -> float:
         """Requests per call of the recurrent block."""
         return self.lanes / self.waves if self.waves else 0.0
-
-
-class Turn(NamedTuple):
-    """Positions of a request, in these lines of the flight, whose coda is due."""
-
-    request: Request
-    lines: range
 
 
 class Engine:
@@ -169,7 +162,7 @@ class Engine:
             if fresh or self.scheduler.takes_turn(len(final) + len(guessing), n_looping):
                 events = self._turn(final, guessing, fresh)
             else:
-                events = self._loop()
+                events = self._loop(n_looping)
         if not self.busy:
             self.runner.rest()
         self._stats.seconds += time.perf_counter() - begin
@@ -218,15 +211,17 @@ class Engine:
         for request in requests:
             if request.output.finish_reason is None:
                 self._requests[request.index] = request
-                self.scheduler.submit(Job(request.index, len(request.prompt), self._pages(request)))
+                self.scheduler.submit(
+                    Job(request.index, len(request.prompt), self._pages(request.prompt, request.params))
+                )
         return requests
 
     def _request(self, prompt: list[int], params: SamplingParams) -> Request:
         """A request; one that cannot be served is finished at once, with the reason."""
-        config = self.model.config
-        n_loops = config.max_loop_iters if params.n_loops == "auto" else params.n_loops
-        length = len(prompt) + params.max_new_tokens
-        tokenizer = self.tokenizer
+        tokenizer, n_loops = self.tokenizer, params.most_loops(self.model.config)
+        wrong = self._why_not(prompt, params)
+        # Only where nothing is wrong is its size certain to be a sensible one.
+        capacity = 0 if wrong else len(prompt) + params.max_new_tokens
         output = Output([], [], [] if params.logprobs else None, text=None if tokenizer is None else "")
         self._submitted += 1
         request = Request(
@@ -234,27 +229,25 @@ class Engine:
             prompt=prompt,
             params=params,
             n_loops=n_loops,
-            table=RowTable(self.cache, 0, 1),
+            table=RowTable(self.cache, capacity, n_loops),
             output=output,
             random=torch.Generator().manual_seed(params.seed),
             tokens=list(prompt),
             text=None if tokenizer is None else DecodedText(tokenizer, params.stop_strings),
         )
-        wrong = self._why_not(request, length)
         if wrong is not None:
             output.finish_reason, output.error = "error", wrong
-        else:  # only now is it certain that its size is a sensible one
-            request.table = RowTable(self.cache, length, n_loops)
         return request
 
-    def _why_not(self, request: Request, length: int) -> str | None:
-        config, params = self.model.config, request.params
-        if not request.prompt:
+    def _why_not(self, prompt: list[int], params: SamplingParams) -> str | None:
+        """What keeps such a request from ever being served."""
+        config, length = self.model.config, len(prompt) + params.max_new_tokens
+        if not prompt:
             return "prompt is empty; it must have at least one token"
-        if params.stop_strings and request.text is None:
+        if params.stop_strings and self.tokenizer is None:
             return f"stop_strings is {params.stop_strings!r}; the engine must have a tokenizer to look for them"
         for name, tokens in (
-            ("prompt", request.prompt),
+            ("prompt", prompt),
             ("stop_tokens", params.stop_tokens),
             ("continuation", params.continuation or ()),
         ):
@@ -262,20 +255,22 @@ class Engine:
             if wrong:
                 return f"{name} has {wrong[0]}; tokens must be from 0 to vocab_size - 1 ({config.vocab_size - 1})"
         if length > config.max_seq_len:
-            parts = f"prompt has {len(request.prompt)} tokens and max_new_tokens is {params.max_new_tokens}"
+            parts = f"prompt has {len(prompt)} tokens and max_new_tokens is {params.max_new_tokens}"
             return f"{parts}; together they must be at most max_seq_len ({config.max_seq_len})"
         if params.speculation is not None and not self._exact:
             return (
                 f"speculation needs a cache in which every loop keeps its own; sharing is {self.cache.layout.sharing}"
             )
-        if self._pages(request) > self.cache.pages.n_pages:
-            parts = f"the request may need {self._pages(request) * self.cache.layout.page_bytes} bytes of cache"
+        pages = self._pages(prompt, params)
+        if pages > self.cache.pages.n_pages:
+            parts = f"the request may need {pages * self.cache.layout.page_bytes} bytes of cache"
             return f"{parts}; cache_bytes allows {self.cache.pages.n_pages * self.cache.layout.page_bytes}"
         return None
 
-    def _pages(self, request: Request) -> int:
-        """The most pages that it can come to hold."""
-        return self.cache.layout.pages_for(len(request.prompt) + request.params.max_new_tokens, request.n_loops)
+    def _pages(self, prompt: list[int], params: SamplingParams) -> int:
+        """The most pages that such a request can come to hold."""
+        length, n_loops = len(prompt) + params.max_new_tokens, params.most_loops(self.model.config)
+        return self.cache.layout.pages_for(length, n_loops)
 
     def _begin(self) -> list[Request]:
         """In the order of arrival, as many as there is certainly room for."""
@@ -319,11 +314,11 @@ class Engine:
             return bool(request.drafts)  # else it is final, and needs no guess
         return bool(flight.loop[newest] >= speculation.loops)
 
-    def _loop(self) -> list[Event]:
+    def _loop(self, n_looping: int) -> list[Event]:
         flight = self.runner.flight
         self._stats.waves += 1
         self._stats.loops += int(flight.active.sum())
-        self._stats.lanes += len(set(flight.owner[flight.active].tolist()))
+        self._stats.lanes += n_looping
         failures = self.runner.loop(self._requests)
         self._stats.peak_cache_bytes = max(self._stats.peak_cache_bytes, self.cache.bytes_in_use)
         events = [self._fail(failure) for failure in failures]
@@ -349,7 +344,7 @@ class Engine:
     def _read(self, final: Sequence[Turn], guessing: Sequence[Turn]) -> list[Event]:
         """One call of the coda for all of them; what is final leaves the flight."""
         flight = self.runner.flight
-        logits = self.runner.readout([Reading(turn.request.table, turn.lines) for turn in (*final, *guessing)])
+        logits = self.runner.readout([*final, *guessing])
         stays = np.ones(len(flight), np.bool_)
         for turn in final:
             stays[turn.lines.start : turn.lines.stop] = False

@@ -1,12 +1,12 @@
 """One request on its way through the engine.
 
-Main entries: `Request`, `Output`.
+Main entries: `Request`, `Output`, `Turn`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -69,3 +69,10 @@ class Request:
     def turn(self) -> int:
         """How many positions become final together, next: what is left of the prompt, or one."""
         return max(1, len(self.prompt) - self.done)
+
+
+class Turn(NamedTuple):
+    """Positions of a request, in these lines of the flight, whose coda is due."""
+
+    request: Request
+    lines: range

@@ -13,19 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from open_mythos.inference.cache import PagedCache, RowTable
+from open_mythos.inference.cache import PagedCache
 from open_mythos.inference.exit import ExitRule, LoopView
 from open_mythos.inference.flight import Flight, Ints
-from open_mythos.inference.request import Request
+from open_mythos.inference.request import Request, Turn
 from open_mythos.inference.wave import Lane, WaveContext
 from open_mythos.model.mythos import OpenMythos
-
-
-class Reading(NamedTuple):
-    """Positions of a request whose coda is to be computed, from the states in these lines of the flight."""
-
-    table: RowTable
-    lines: range
 
 
 class Failure(NamedTuple):
@@ -82,19 +75,19 @@ class Runner:
         flight.loop[lines] += 1
         return failures
 
-    def readout(self, readings: Sequence[Reading]) -> Tensor:
-        """Logits (readings, vocab_size) after each reading's last position."""
+    def readout(self, turns: Sequence[Turn]) -> Tensor:
+        """Logits (turns, vocab_size) after each turn's last position."""
         flight = self.flight
-        order = sorted(range(len(readings)), key=lambda i: len(readings[i].lines) > 1)
-        ordered = [readings[i] for i in order]
-        lines = np.concatenate([np.arange(r.lines.start, r.lines.stop) for r in ordered])
+        order = sorted(range(len(turns)), key=lambda i: len(turns[i].lines) > 1)
+        ordered = [turns[i] for i in order]
+        lines = np.concatenate([np.arange(turn.lines.start, turn.lines.stop) for turn in ordered])
         lanes = []
-        for table, own in ordered:
+        for request, own in ordered:
             positions = flight.position[own.start : own.stop]
-            lanes.append(Lane(table, int(positions[0]) if len(own) == 1 else positions, None))
+            lanes.append(Lane(request.table, int(positions[0]) if len(own) == 1 else positions, None))
         states = self._outputs()[self._there(lines)]
         features = self.model.features(states[None], self._context(lanes, place=False))[0]
-        last = np.cumsum([len(r.lines) for r in ordered]) - 1
+        last = np.cumsum([len(turn.lines) for turn in ordered]) - 1
         return linear(features[self._there(last[np.argsort(order)])], self.model.head_weight)
 
     def _outputs(self) -> Tensor:

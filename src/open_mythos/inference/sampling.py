@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from open_mythos.config import MythosConfig
 from open_mythos.inference.exit import ExitRule
 from open_mythos.inference.speculation import Draft, Speculation, settle
 
@@ -63,6 +64,10 @@ class SamplingParams:
         self._require("stop_tokens", all(_integer(token, 0) for token in self.stop_tokens), "token ids")
         strings = isinstance(self.stop_strings, tuple | list) and all(_text(one) for one in self.stop_strings)
         self._require("stop_strings", strings, "a tuple of strings that are not empty")
+
+    def most_loops(self, config: MythosConfig) -> int:
+        """What `n_loops` is for a model of that config."""
+        return config.max_loop_iters if self.n_loops == "auto" else self.n_loops
 
     def _require(self, name: str, ok: bool, accepted: str) -> None:
         if not ok:
@@ -131,8 +136,6 @@ def _probabilities(logits: Tensor, asked: Asked) -> Tensor:
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Logits (vocab_size,) with those of `seen` tokens made less likely."""
-    if penalty == 1:
-        return logits
     found = logits[seen]
     return logits.scatter(0, seen, torch.where(found > 0, found / penalty, found * penalty))
 
