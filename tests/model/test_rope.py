@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from open_mythos.model.rope import apply_rotary, rotary_table, rotation_matrices
+from open_mythos.model.rope import apply_rotary, rotary_table, rotation_matrix
 from reference.elementary import rotate
 
 
@@ -56,5 +56,5 @@ def test_a_table_laid_out_for_every_head_rotates_alike() -> None:
 def test_the_matrix_of_a_position_rotates_as_the_table_does(position: int) -> None:
     x = torch.randn(1, 5, 16)
     table = rotary_table(torch.tensor([position]), 16, 10_000.0, torch.float32)
-    matrix = torch.from_numpy(rotation_matrices(16, 10_000.0).at(position))
+    matrix = torch.from_numpy(rotation_matrix(position, 16, 10_000.0).copy())
     torch.testing.assert_close(x @ matrix, apply_rotary(x, table), atol=1e-5, rtol=0)

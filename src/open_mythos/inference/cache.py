@@ -5,6 +5,7 @@ Main entries: `CacheLayout`, `PagedCache`, `RowTable`.
 
 from __future__ import annotations
 
+from functools import cached_property
 from math import ceil, lcm, prod
 
 import numpy as np
@@ -16,6 +17,7 @@ from open_mythos.inference.pages import PageAllocator
 from open_mythos.model.cache import CacheAddress, Entries
 from open_mythos.model.cache_sharing import CacheSharing, EveryLoop
 from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.vectors import Array, ArrayEntries, as_array
 
 Rows = NDArray[np.int64]
 
@@ -68,6 +70,11 @@ class PagedCache:
         # Heads first: what is read of a head then lies in one piece, as a product over keys wants it.
         self._entries = {name: like.new_zeros(*shape[:-1], n_rows, shape[-1]) for name, shape in layout.shapes.items()}
 
+    @cached_property
+    def _arrays(self) -> ArrayEntries:
+        """The entries again, for NumPy."""
+        return {name: as_array(tensor) for name, tensor in self._entries.items()}
+
     @property
     def bytes_in_use(self) -> int:
         """Of the pages that somebody holds."""
@@ -78,6 +85,19 @@ class PagedCache:
         rows = first_rows + self.layout.offset(address)
         for name, tensor in new.items():
             self._entries[name].index_copy_(-2, rows, tensor.movedim(0, -2))
+
+    def append(self, address: CacheAddress, row: Array, first_rows: Rows) -> ArrayEntries:
+        """`write` for the last of some positions of one request, then `read` for all of them, on the CPU.
+
+        `row` (width,) holds its entries side by side; `first_rows` (keys,) is where the positions' rows begin.
+        """
+        rows, start, found = first_rows + self.layout.offset(address), 0, ArrayEntries()
+        for name, shape in self.layout.shapes.items():
+            end, array = start + prod(shape), self._arrays[name]
+            array[..., rows[-1], :] = row[start:end].reshape(shape)
+            found[name] = array.take(rows, -2)
+            start = end
+        return found
 
     def read(self, address: CacheAddress, first_rows: Tensor) -> Entries:
         """Entries (batch, keys, ...) of a layer, for the positions whose rows begin at `first_rows` (batch, keys)."""

@@ -68,13 +68,17 @@ class Flight:
 
     def ends(self) -> dict[int, tuple[int, int]]:
         """The first and the last line of every request."""
-        owners, first = np.unique(self.owner, return_index=True)
-        last = len(self) - 1 - np.unique(self.owner[::-1], return_index=True)[1]
-        return dict(zip(owners.tolist(), zip(first.tolist(), last.tolist(), strict=True), strict=True))
+        ends: dict[int, tuple[int, int]] = {}
+        for line, owner in enumerate(self.owner.tolist()):
+            first, _ = ends.get(owner, (line, line))
+            ends[owner] = first, line
+        return ends
 
     def runs(self) -> tuple[Ints, list[Ints]]:
         """Lines that have not halted: those alone in their request and loop, and runs of several."""
         lines = np.flatnonzero(self.active)
+        if len(lines) == 1:
+            return lines, []
         owner, loop = self.owner[lines], self.loop[lines]
         starts = np.flatnonzero(np.r_[True, (owner[1:] != owner[:-1]) | (loop[1:] != loop[:-1])])
         lengths = np.diff(starts, append=len(lines))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from open_mythos.inference.cache import PagedCache
@@ -18,7 +18,9 @@ from open_mythos.inference.exit import ExitRule, LoopView
 from open_mythos.inference.flight import Flight, Ints
 from open_mythos.inference.request import Request, Turn
 from open_mythos.inference.wave import Lane, WaveContext
+from open_mythos.model.context import Layer
 from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.one_token import one_token_layers
 
 
 class Failure(NamedTuple):
@@ -36,10 +38,11 @@ class Runner:
         self._like = model.embed.weight
         self.flight = Flight(model.config.dim, self._like)
         self._constants: dict[Hashable, Tensor] = {}
+        self._one_token: dict[nn.Module, Layer] | None = None
 
     def rest(self) -> None:
         """Nothing is being computed: until the next call, weights may change."""
-        self._constants = {}
+        self._constants, self._one_token = {}, None
 
     def encode(self, requests: Sequence[Request]) -> None:
         """Put the positions of each request that have not been encoded yet into the flight."""
@@ -69,8 +72,8 @@ class Runner:
         index = None if len(lines) == len(flight) and (lines[1:] > lines[:-1]).all() else self._there(lines)
         h, e = _of(flight.h, index), _of(flight.e, index)
         t = self._there(flight.loop[lines])
-        context = self._context(lanes)
-        new = self.model.recurrent.step(h[None], e[None], 0, context, own_index=t.view(1, -1, 1))[0]
+        own_index = int(flight.loop[lines[0]]) if len(lines) == 1 else t.view(1, -1, 1)
+        new = self.model.recurrent.step(h[None], e[None], 0, self._context(lanes), own_index=own_index)[0]
         failures = self._settle(requests, lines, index, t, h, new)
         flight.loop[lines] += 1
         return failures
@@ -153,7 +156,12 @@ class Runner:
         return failures
 
     def _context(self, lanes: Sequence[Lane], *, place: bool = True) -> WaveContext:
-        return WaveContext(self.model.config, self.cache, lanes, self._like, self._constants, place=place)
+        context = WaveContext(self.model.config, self.cache, lanes, self._like, self._constants, place=place)
+        if context.n_new == 1:
+            if self._one_token is None:
+                self._one_token = one_token_layers(self.model.blocks())
+            context.one_token = self._one_token
+        return context
 
     def _there(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._like.device)

@@ -20,6 +20,7 @@ from open_mythos.model.cache import CacheAddress, Entries
 from open_mythos.model.context import ForwardContext, Visible
 from open_mythos.model.mask import AttentionMask
 from open_mythos.model.rope import RotaryTable, rotary_table
+from open_mythos.model.vectors import Array, ArrayEntries
 
 
 class Lane(NamedTuple):
@@ -75,23 +76,15 @@ class WaveContext(ForwardContext):
         *,
         place: bool = True,
     ) -> None:
-        self._window = config.outer_reach if lanes[0].loop is None else config.loop_reach
-        self._cache = cache
         if place:
             for table, positions, loop in lanes:
                 table.place(loop, positions)
-        singles = [(table, at, table.seen(loop)) for table, at, loop in lanes if isinstance(at, int)]
-        blocks = [(table, at, table.seen(loop)) for table, at, loop in lanes if not isinstance(at, int)]
-        alone = np.array([at for _, at, _ in singles], np.int64)
-        written = np.array([seen[at] for _, at, seen in singles], np.int64)
-        self._positions = np.concatenate([alone, *(at for _, at, _ in blocks)])
-        super().__init__(config, len(self._positions), like.device, like.dtype, constants=constants)
-        self._written = self._there(np.concatenate([written, *(seen[at] for _, at, seen in blocks)]))
-        self._groups = [self._singles(alone, [seen for _, _, seen in singles])] if singles else []
-        start = len(singles)
-        for _, at, seen in blocks:
-            self._groups.append(self._block(at, seen, start))
-            start += len(at)
+        n_positions = sum(1 if isinstance(at, int) else len(at) for _, at, _ in lanes)
+        super().__init__(config, n_positions, like.device, like.dtype, constants=constants)
+        self._window = config.outer_reach if lanes[0].loop is None else config.loop_reach
+        self._cache = cache
+        self._singles = [(at, table.seen(loop)) for table, at, loop in lanes if isinstance(at, int)]
+        self._blocks = [(at, table.seen(loop)) for table, at, loop in lanes if not isinstance(at, int)]
 
     @cached_property
     def rotary(self) -> RotaryTable | None:
@@ -99,7 +92,20 @@ class WaveContext(ForwardContext):
         c = self._config
         if not c.use_rope:
             return None
-        return rotary_table(self._there(self._positions), c.rotary_dim, c.rotary_base, self.dtype, c.rotary_heads)
+        positions = np.concatenate([[at for at, _ in self._singles], *(at for at, _ in self._blocks)])
+        return rotary_table(self._there(positions), c.rotary_dim, c.rotary_base, self.dtype, c.rotary_heads)
+
+    @cached_property
+    def rotation(self) -> Array | None:
+        """The only position's rotation as a matrix."""
+        ((position, _),) = self._singles
+        return self._rotation_at(position)
+
+    def append(self, address: CacheAddress, row: Array, window: int | None) -> ArrayEntries:
+        """Store the only position's entries, side by side in a row (width,); returns all that it may see."""
+        ((position, seen),) = self._singles
+        first = 0 if window is None else max(0, position - window + 1)
+        return self._cache.append(address, row, seen[first : position + 1])
 
     def attend(
         self,
@@ -118,13 +124,30 @@ class WaveContext(ForwardContext):
             heads.append(over(own, self._cache.read(address, group.rows), group.mask).flatten(0, 1))
         return (heads[0] if len(heads) == 1 else torch.cat(heads)).unsqueeze(0)
 
-    def _singles(self, positions: Rows, seen: Sequence[Rows]) -> _Group:
-        """Lanes of one position each, side by side, each with as many keys as the one that sees most."""
+    @cached_property
+    def _written(self) -> Tensor:
+        """Where each position's rows begin."""
+        singles = np.array([seen[at] for at, seen in self._singles], np.int64)
+        return self._there(np.concatenate([singles, *(seen[at] for at, seen in self._blocks)]))
+
+    @cached_property
+    def _groups(self) -> list[_Group]:
+        """Which queries attend together: the lanes of one position, then each of the others."""
+        groups = [self._side_by_side()] if self._singles else []
+        start = len(self._singles)
+        for at, seen in self._blocks:
+            groups.append(self._block(at, seen, start))
+            start += len(at)
+        return groups
+
+    def _side_by_side(self) -> _Group:
+        """Lanes of one position each, each with as many keys as the one that sees most."""
+        positions = np.array([at for at, _ in self._singles])
         first = np.zeros_like(positions) if self._window is None else np.maximum(0, positions - self._window + 1)
         counts = positions + 1 - first
         width = int(counts.max())
         rows = np.zeros((len(positions), width), np.int64)
-        for line, own, start, count in zip(rows, seen, first.tolist(), counts.tolist(), strict=True):
+        for line, (_, own), start, count in zip(rows, self._singles, first.tolist(), counts.tolist(), strict=True):
             line[:count] = own[start : start + count]
         if (counts == width).all():
             mask = AttentionMask(1, width, None, self.device, self.dtype)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from open_mythos.config import MythosConfig
 from open_mythos.model.cache import CacheAddress, Entries, KVStore, PassStore
 from open_mythos.model.mask import AttentionMask
-from open_mythos.model.rope import RotaryTable, rotary_table, rotation_matrices
-from open_mythos.model.vectors import Array
+from open_mythos.model.rope import RotaryTable, rotary_table, rotation_matrix
+from open_mythos.model.sequence_store import SequenceStore
+from open_mythos.model.vectors import Array, ArrayEntries
 
 
 class Injected(NamedTuple):
@@ -70,12 +71,20 @@ class ForwardContext:
         config = self._config
         return rotary_table(positions, config.rotary_dim, config.rotary_base, self.dtype, config.rotary_heads)
 
+    def append(self, address: CacheAddress, row: Array, window: int | None) -> ArrayEntries:
+        """Store the only new position's entries, side by side in a row (width,); returns all that it may see."""
+        assert isinstance(self.store, SequenceStore), "other stores know no single rows"
+        return self.store.append(address, row, self.mask(window).first_key)
+
     @cached_property
     def rotation(self) -> Array | None:
         """The first new position's rotation as a matrix; None in a model without rotary positions."""
+        return self._rotation_at(self.store.length)
+
+    def _rotation_at(self, position: int) -> Array | None:
         if not self._config.use_rope:
             return None
-        return rotation_matrices(self._config.rotary_dim, self._config.rotary_base).at(self.store.length)
+        return rotation_matrix(position, self._config.rotary_dim, self._config.rotary_base)
 
     def constant(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         """What follows from the weights alone; where no gradients are taken, computed once."""

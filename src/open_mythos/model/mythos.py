@@ -213,7 +213,7 @@ class OpenMythos(nn.Module):
         """Each step's tokens; evaluation mode and inference mode are the caller's to switch on for every step."""
         loops = check_loops(n_loops, ids, self.config)
         store = SequenceStore(self.config, ids.shape[0], ids.shape[1] + max_new_tokens, self.embed.weight)
-        layers, constants = one_token_layers(self.blocks(), store), dict[Hashable, Tensor]()
+        layers, constants = one_token_layers(self.blocks()), dict[Hashable, Tensor]()
         new = ids
         for _ in range(max_new_tokens):
             context = self.context(new.shape[1], store, constants)

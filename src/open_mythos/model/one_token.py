@@ -22,18 +22,17 @@ from open_mythos.model.latent_attention import MLAttention
 from open_mythos.model.norm import RMSNorm
 from open_mythos.model.one_token_attention import OneTokenGQA, OneTokenMLA
 from open_mythos.model.router import route_one
-from open_mythos.model.sequence_store import SequenceStore
 from open_mythos.model.vectors import Buffer, Norm, Product, as_array
 
 _KNOWN = {Block, GQAttention, MLAttention, MoEFFN, SwiGLU, RMSNorm, nn.Linear, nn.Dropout}
 
 
-def one_token_layers(blocks: list[Block], store: SequenceStore) -> dict[nn.Module, Layer]:
+def one_token_layers(blocks: list[Block]) -> dict[nn.Module, Layer]:
     """What stands in for each block while one sequence is continued; none for blocks that it does not know fully.
 
     Those are other than float32, not on a CPU, or have parts that were wrapped, replaced, hooked or patched.
     """
-    return {block: OneTokenBlock(block, store) for block in blocks if _is_plain(block)}
+    return {block: OneTokenBlock(block) for block in blocks if _is_plain(block)}
 
 
 def _is_plain(block: Block) -> bool:
@@ -46,19 +45,19 @@ def _is_plain(block: Block) -> bool:
 
 
 class OneTokenBlock:
-    """What `block` computes for a position that has not halted; reads and extends `store`.
+    """What `block` computes for a position that has not halted.
 
     It copies no weights. Float32 on a CPU only: everything else is better served by `Block`.
     """
 
-    def __init__(self, block: Block, store: SequenceStore) -> None:
+    def __init__(self, block: Block) -> None:
         self._scale, self._out = block.branch_scale, block.attn.out.weight.detach()
         self._attn_norm, self._ffn_norm = Norm(block.attn_norm), Norm(block.ffn_norm)
         if isinstance(block.attn, MLAttention):
-            self._attn: OneTokenGQA | OneTokenMLA = OneTokenMLA(block.attn, store)
+            self._attn: OneTokenGQA | OneTokenMLA = OneTokenMLA(block.attn)
         else:
             assert isinstance(block.attn, GQAttention)
-            self._attn = OneTokenGQA(block.attn, store)
+            self._attn = OneTokenGQA(block.attn)
         self._ffn = _OneTokenFFN(block.ffn)
 
     def __call__(self, x: Tensor, context: ForwardContext, address: CacheAddress) -> Tensor:

@@ -12,7 +12,6 @@ from open_mythos.model.attention import GQAttention
 from open_mythos.model.cache import CacheAddress
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.latent_attention import MLAttention
-from open_mythos.model.sequence_store import SequenceStore
 from open_mythos.model.vectors import Array, Buffer, Norm, Product, as_array, softmax
 
 
@@ -22,8 +21,8 @@ class OneTokenGQA:
     The scale of the scores is part of the queries' gain.
     """
 
-    def __init__(self, attn: GQAttention, store: SequenceStore) -> None:
-        self._store, self._window = store, attn.window
+    def __init__(self, attn: GQAttention) -> None:
+        self._window = attn.window
         self._n_kv, width = attn.n_kv_heads, attn.head_dim
         self._project, self._heads = Product(attn.qkv.weight), Buffer(attn.n_heads * width)
         by_head = self._project.array.reshape(-1, width)
@@ -40,11 +39,9 @@ class OneTokenGQA:
         """All heads side by side, (n_heads * head_dim,), of the normalised stream x (dim,)."""
         self._project(x)
         self._place_queries_and_keys(context.rotation)
-        rows = self._store.append(address, self._row)
-        first = context.mask(self._window).first_key
-        seen = rows[first:].reshape(len(rows) - first, 2, self._n_kv, -1)
-        weights = softmax(self._queries @ seen[:, 0].transpose(1, 2, 0), self._sink)
-        np.matmul(weights, seen[:, 1].transpose(1, 0, 2), out=self._mixed)
+        seen = context.append(address, self._row, self._window)
+        weights = softmax(self._queries @ seen["k"].transpose(0, 2, 1), self._sink)
+        np.matmul(weights, seen["v"], out=self._mixed)
         return self._heads.tensor
 
     def _place_queries_and_keys(self, rotation: Array | None) -> None:
@@ -62,8 +59,8 @@ class OneTokenGQA:
 class OneTokenMLA:
     """What `attn` computes before its output projection, in the latent space: keys and values are never rebuilt."""
 
-    def __init__(self, attn: MLAttention, store: SequenceStore) -> None:
-        self._store, self._window, self._rank = store, attn.window, attn.config.kv_lora_rank
+    def __init__(self, attn: MLAttention) -> None:
+        self._window, self._rank = attn.window, attn.config.kv_lora_rank
         n_heads, nope, rank, rope = attn.n_heads, attn.nope_dim, self._rank, attn.rope_dim
         self._down, self._q_up = Product(attn.down.weight), Product(attn.q_up.weight)
         self._q_norm, self._kv_norm = Norm(attn.q_norm), Norm(attn.kv_norm)
@@ -83,7 +80,7 @@ class OneTokenMLA:
         self._down(x)
         self._q_up(self._q_norm(self._c_q))
         self._place_queries_and_key(context.rotation)
-        seen = self._store.append(address, self._row)[context.mask(self._window).first_key :]
+        seen = context.append(address, self._row, self._window)["latent"]
         weights = softmax(np.dot(self._queries[:, 0], seen.T) * self._scale, self._sink)
         np.matmul(np.dot(weights, seen[:, : self._rank])[:, None], self._w_v, out=self._mixed)
         return self._heads.tensor

@@ -1,11 +1,11 @@
 """Rotary position embedding in the half-rotation layout of Llama (Su et al. 2021, arXiv 2104.09864).
 
-Main entries: `rotary_table` and `apply_rotary`; `RotationMatrices` for one position at a time.
+Main entries: `rotary_table` and `apply_rotary`; `rotation_matrix` for one position at a time.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -45,27 +45,23 @@ def _frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
     return theta ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
 
 
+@lru_cache(maxsize=256)
+def rotation_matrix(position: int, dim: int, theta: float) -> Array:
+    """The rotation of one position as a matrix (dim, dim), to multiply rows (..., dim) with; not to be written to."""
+    frequencies, swap = _rotation_parts(dim, theta)
+    angles = np.tile(np.float32(position) * frequencies, 2)
+    matrix: Array = np.diag(np.cos(angles)) + swap * np.sin(angles)
+    matrix.flags.writeable = False  # every loop gets the same one
+    return matrix
+
+
 @cache
-def rotation_matrices(dim: int, theta: float) -> RotationMatrices:
-    """Those of one dimension and base, made once."""
-    return RotationMatrices(dim, theta)
-
-
-class RotationMatrices:
-    """The rotation of one position at a time as a matrix (dim, dim), to multiply rows (..., dim) with."""
-
-    def __init__(self, dim: int, theta: float) -> None:
-        self._frequencies = as_array(_frequencies(dim, theta, torch.device("cpu")))
-        self._keep: Array = np.eye(dim, dtype=np.float32)
-        half = np.eye(dim // 2, dtype=np.float32)
-        self._swap: Array = np.kron(np.array([[0, 1], [-1, 0]], np.float32), half)
-
-    def at(self, position: int) -> Array:
-        """The matrix of one position."""
-        angles = np.tile(np.float32(position) * self._frequencies, 2)
-        matrix: Array = self._keep * np.cos(angles)
-        matrix += self._swap * np.sin(angles)
-        return matrix
+def _rotation_parts(dim: int, theta: float) -> tuple[Array, Array]:
+    """Angles per position (dim / 2,), and the matrix (dim, dim) that a sine of 1 would leave of the rotation."""
+    half = np.eye(dim // 2, dtype=np.float32)
+    return as_array(_frequencies(dim, theta, torch.device("cpu"))), np.kron(
+        np.array([[0, 1], [-1, 0]], np.float32), half
+    )
 
 
 def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from open_mythos.config import MythosConfig
 from open_mythos.model.cache import CacheAddress, Entries
-from open_mythos.model.vectors import Array, as_array
+from open_mythos.model.vectors import Array, ArrayEntries, as_array
 
 
 class _Slot:
@@ -56,12 +56,17 @@ class SequenceStore:
         seen = slot.rows[:, :end].split(self._sizes, -1)
         return {name: x.unflatten(-1, shape) for x, (name, shape) in zip(seen, self._shapes.items(), strict=True)}
 
-    def append(self, address: CacheAddress, row: Array) -> Array:
-        """`extend` by one position of one sequence on the CPU: its row (width,) to all rows (positions, width)."""
+    def append(self, address: CacheAddress, row: Array, first: int) -> ArrayEntries:
+        """`extend` by one position of one sequence on the CPU: its row (width,), to what is seen from `first` on."""
         slot = self._slot(address)
         slot.array[self.length] = row
         slot.filled = self.length + 1
-        return slot.array[: slot.filled]
+        seen, start, entries = slot.array[first : slot.filled], 0, ArrayEntries()
+        for (name, shape), size in zip(self._shapes.items(), self._sizes, strict=True):
+            part = seen[:, start : start + size]
+            entries[name] = part.reshape(-1, *shape).swapaxes(0, 1) if len(shape) > 1 else part
+            start += size
+        return entries
 
     def commit(self, n_new: int) -> None:
         """The pass has succeeded: its `n_new` positions now belong to the past."""

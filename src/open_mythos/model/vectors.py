@@ -17,6 +17,9 @@ from open_mythos.model.norm import RMSNorm
 
 Array: TypeAlias = npt.NDArray[np.float32]
 
+ArrayEntries: TypeAlias = dict[str, Array]
+"""What one query sees of a cache, by name: (positions, width), or (heads, positions, width)."""
+
 
 class Buffer:
     """The same float32 numbers as a tensor and as an array."""
