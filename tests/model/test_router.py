@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from open_mythos import OpenMythos
-from open_mythos.model.router import balance_step, count_load, route, route_one
+from open_mythos.model.router import balance_step, count_load, route, route_few
 from tiny import random_ids, tiny_config, tiny_model
 
 
@@ -38,14 +38,14 @@ def test_extreme_logits_give_finite_weights(score: str) -> None:
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_one_token_is_routed_as_many_are(score: str, top_k: int) -> None:
+def test_few_tokens_are_routed_as_many_are(score: str, top_k: int) -> None:
     logits, bias = torch.randn(30, 6) * 5, torch.randn(6)
     logits[0], logits[1] = 1e4 * logits[0], -1000 - logits[1].abs()
     experts, weights = route(logits, bias, top_k, score, 2.5)
-    for row in range(30):
-        found = route_one(logits[row].numpy(), bias.numpy(), top_k, score, 2.5)
+    few = route_few(logits.numpy(), bias.numpy(), top_k, score, 2.5)
+    for row, (chosen, own) in enumerate(zip(*few, strict=True)):
         expected = dict(zip(experts[row].tolist(), weights[row].tolist(), strict=True))
-        assert dict(found) == pytest.approx(expected, abs=1e-6)
+        assert dict(zip(chosen.tolist(), own.tolist(), strict=True)) == pytest.approx(expected, abs=1e-6)
 
 
 def test_load_counts_slots() -> None:

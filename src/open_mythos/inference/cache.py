@@ -17,7 +17,7 @@ from open_mythos.inference.pages import PageAllocator
 from open_mythos.model.cache import CacheAddress, Entries
 from open_mythos.model.cache_sharing import CacheSharing, EveryLoop
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.model.vectors import Array, ArrayEntries, as_array
+from open_mythos.model.vectors import Array, as_array
 
 Rows = NDArray[np.int64]
 
@@ -71,7 +71,7 @@ class PagedCache:
         self._entries = {name: like.new_zeros(*shape[:-1], n_rows, shape[-1]) for name, shape in layout.shapes.items()}
 
     @cached_property
-    def _arrays(self) -> ArrayEntries:
+    def _arrays(self) -> dict[str, Array]:
         """The entries again, for NumPy."""
         return {name: as_array(tensor) for name, tensor in self._entries.items()}
 
@@ -86,16 +86,16 @@ class PagedCache:
         for name, tensor in new.items():
             self._entries[name].index_copy_(-2, rows, tensor.movedim(0, -2))
 
-    def append(self, address: CacheAddress, row: Array, first_rows: Rows) -> ArrayEntries:
-        """`write` for the last of some positions of one request, then `read` for all of them, on the CPU.
+    def append(self, address: CacheAddress, written: Rows, new: Array, first_rows: Rows) -> dict[str, Array]:
+        """`write`, then `read`, on the CPU: entries `new` (n, width) go where rows begin, `written` (n,).
 
-        `row` (width,) holds its entries side by side; `first_rows` (keys,) is where the positions' rows begin.
+        Returns, by name, (batch, keys, width) or (heads, batch, keys, width) for `first_rows` (batch, keys).
         """
-        rows, start, found = first_rows + self.layout.offset(address), 0, ArrayEntries()
+        offset, start, found = self.layout.offset(address), 0, dict[str, Array]()
         for name, shape in self.layout.shapes.items():
             end, array = start + prod(shape), self._arrays[name]
-            array[..., rows[-1], :] = row[start:end].reshape(shape)
-            found[name] = array.take(rows, -2)
+            array[..., written + offset, :] = new[:, start:end].reshape(-1, *shape).swapaxes(0, -2)
+            found[name] = array.take(first_rows + offset, -2)
             start = end
         return found
 

@@ -22,6 +22,9 @@ from open_mythos.model.context import Layer
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.one_token import one_token_layers
 
+# Up to here, on a CPU, a call's many small operations cost more than their arithmetic (docs/experiments.md).
+_FEW_LANES = 64
+
 
 class Failure(NamedTuple):
     """A request that cannot go on, and why."""
@@ -38,11 +41,11 @@ class Runner:
         self._like = model.embed.weight
         self.flight = Flight(model.config.dim, self._like)
         self._constants: dict[Hashable, Tensor] = {}
-        self._one_token: dict[nn.Module, Layer] | None = None
+        self._one_token: dict[int, dict[nn.Module, Layer]] = {}
 
     def rest(self) -> None:
         """Nothing is being computed: until the next call, weights may change."""
-        self._constants, self._one_token = {}, None
+        self._constants, self._one_token = {}, {}
 
     def encode(self, requests: Sequence[Request]) -> None:
         """Put the positions of each request that have not been encoded yet into the flight."""
@@ -157,10 +160,11 @@ class Runner:
 
     def _context(self, lanes: Sequence[Lane], *, place: bool = True) -> WaveContext:
         context = WaveContext(self.model.config, self.cache, lanes, self._like, self._constants, place=place)
-        if context.n_new == 1:
-            if self._one_token is None:
-                self._one_token = one_token_layers(self.model.blocks())
-            context.one_token = self._one_token
+        n = context.n_new
+        if n == len(lanes) <= _FEW_LANES and all(isinstance(lane.positions, int) for lane in lanes):
+            if n not in self._one_token:
+                self._one_token[n] = one_token_layers(self.model.blocks(), n)
+            context.one_token = self._one_token[n]
         return context
 
     def _there(self, array: np.ndarray) -> Tensor:

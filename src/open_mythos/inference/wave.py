@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from open_mythos.config import MythosConfig
@@ -20,7 +21,7 @@ from open_mythos.model.cache import CacheAddress, Entries
 from open_mythos.model.context import ForwardContext, Visible
 from open_mythos.model.mask import AttentionMask
 from open_mythos.model.rope import RotaryTable, rotary_table
-from open_mythos.model.vectors import Array, ArrayEntries
+from open_mythos.model.vectors import Array, Seen
 
 
 class Lane(NamedTuple):
@@ -38,6 +39,13 @@ class _Group(NamedTuple):
     batch: int
     rows: Tensor
     mask: AttentionMask
+
+
+class _Keys(NamedTuple):
+    """Where the keys of several lanes lie, (lanes, keys), and which of them are theirs; None if all."""
+
+    rows: Rows
+    visible: NDArray[np.bool_] | None
 
 
 @dataclass(frozen=True)
@@ -96,16 +104,14 @@ class WaveContext(ForwardContext):
         return rotary_table(self._there(positions), c.rotary_dim, c.rotary_base, self.dtype, c.rotary_heads)
 
     @cached_property
-    def rotation(self) -> Array | None:
-        """The only position's rotation as a matrix."""
-        ((position, _),) = self._singles
-        return self._rotation_at(position)
+    def rotations(self) -> Array | None:
+        """The rotation of every lane's position, (lanes, dim, dim), where all have but one."""
+        return self._rotations_at([at for at, _ in self._singles])
 
-    def append(self, address: CacheAddress, row: Array, window: int | None) -> ArrayEntries:
-        """Store the only position's entries, side by side in a row (width,); returns all that it may see."""
-        ((position, seen),) = self._singles
-        first = 0 if window is None else max(0, position - window + 1)
-        return self._cache.append(address, row, seen[first : position + 1])
+    def append(self, address: CacheAddress, rows: Array, window: int | None) -> Seen:
+        """Store the entries of every lane's position, side by side in rows (lanes, width), where all have but one."""
+        keys, bias = self._keys_of_singles, self._bias_of_singles
+        return Seen(self._cache.append(address, self._written_by_singles, rows, keys.rows), bias)
 
     def attend(
         self,
@@ -127,8 +133,11 @@ class WaveContext(ForwardContext):
     @cached_property
     def _written(self) -> Tensor:
         """Where each position's rows begin."""
-        singles = np.array([seen[at] for at, seen in self._singles], np.int64)
-        return self._there(np.concatenate([singles, *(seen[at] for at, seen in self._blocks)]))
+        return self._there(np.concatenate([self._written_by_singles, *(seen[at] for at, seen in self._blocks)]))
+
+    @cached_property
+    def _written_by_singles(self) -> Rows:
+        return np.array([seen[at] for at, seen in self._singles], np.int64)
 
     @cached_property
     def _groups(self) -> list[_Group]:
@@ -142,19 +151,28 @@ class WaveContext(ForwardContext):
 
     def _side_by_side(self) -> _Group:
         """Lanes of one position each, each with as many keys as the one that sees most."""
-        positions = np.array([at for at, _ in self._singles])
-        first = np.zeros_like(positions) if self._window is None else np.maximum(0, positions - self._window + 1)
-        counts = positions + 1 - first
-        width = int(counts.max())
-        rows = np.zeros((len(positions), width), np.int64)
-        for line, (_, own), start, count in zip(rows, self._singles, first.tolist(), counts.tolist(), strict=True):
-            line[:count] = own[start : start + count]
-        if (counts == width).all():
+        rows, visible = self._keys_of_singles
+        lanes, width = rows.shape
+        if visible is None:
             mask = AttentionMask(1, width, None, self.device, self.dtype)
         else:
-            visible = self._there(np.arange(width) < counts[:, None]).unsqueeze(1)
-            mask = LanesMask(1, width, None, self.device, self.dtype, visible)
-        return _Group(slice(0, len(positions)), len(positions), self._there(rows), mask)
+            mask = LanesMask(1, width, None, self.device, self.dtype, self._there(visible).unsqueeze(1))
+        return _Group(slice(0, lanes), lanes, self._there(rows), mask)
+
+    @cached_property
+    def _keys_of_singles(self) -> _Keys:
+        """What lanes of one position read."""
+        counts = [at + 1 if self._window is None else min(at + 1, self._window) for at, _ in self._singles]
+        width = max(counts)
+        rows = np.zeros((len(counts), width), np.int64)
+        for line, (at, seen), count in zip(rows, self._singles, counts, strict=True):
+            line[:count] = seen[at + 1 - count : at + 1]
+        return _Keys(rows, None if min(counts) == width else np.arange(width) < np.array(counts)[:, None])
+
+    @cached_property
+    def _bias_of_singles(self) -> Array | None:
+        visible = self._keys_of_singles.visible
+        return None if visible is None else np.where(visible, np.float32(0), np.float32(-np.inf))[:, None]
 
     def _block(self, positions: Rows, seen: Rows, start: int) -> _Group:
         """A lane of several positions, some of those in between perhaps halted."""

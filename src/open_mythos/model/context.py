@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from open_mythos.model.cache import CacheAddress, Entries, KVStore, PassStore
 from open_mythos.model.mask import AttentionMask
 from open_mythos.model.rope import RotaryTable, rotary_table, rotation_matrix
 from open_mythos.model.sequence_store import SequenceStore
-from open_mythos.model.vectors import Array, ArrayEntries
+from open_mythos.model.vectors import Array, Seen
 
 
 class Injected(NamedTuple):
@@ -56,7 +57,7 @@ class ForwardContext:
         self.expert_load: dict[CacheAddress, Tensor] | None = None
         """Slots per expert at each address, filled by the layers if it is a dict; None where nobody asks."""
         self.one_token: Mapping[nn.Module, Layer] = {}
-        """In a pass over a single position: what stands in for a block."""
+        """In a pass over one position per sequence: what stands in for a block."""
         self.injected: Injected | None = None
         self._config = config
         self._constants = {} if constants is None else constants
@@ -71,20 +72,23 @@ class ForwardContext:
         config = self._config
         return rotary_table(positions, config.rotary_dim, config.rotary_base, self.dtype, config.rotary_heads)
 
-    def append(self, address: CacheAddress, row: Array, window: int | None) -> ArrayEntries:
-        """Store the only new position's entries, side by side in a row (width,); returns all that it may see."""
+    def append(self, address: CacheAddress, rows: Array, window: int | None) -> Seen:
+        """Store the entries of one new position per sequence, side by side in rows (n, width)."""
         assert isinstance(self.store, SequenceStore), "other stores know no single rows"
-        return self.store.append(address, row, self.mask(window).first_key)
+        return Seen(self.store.append(address, rows, self.mask(window).first_key), None)
 
     @cached_property
-    def rotation(self) -> Array | None:
-        """The first new position's rotation as a matrix; None in a model without rotary positions."""
-        return self._rotation_at(self.store.length)
+    def rotations(self) -> Array | None:
+        """The rotation of one new position per sequence, (n or 1, dim, dim); None without rotary positions."""
+        return self._rotations_at([self.store.length])
 
-    def _rotation_at(self, position: int) -> Array | None:
-        if not self._config.use_rope:
+    def _rotations_at(self, positions: list[int]) -> Array | None:
+        config = self._config
+        if not config.use_rope:
             return None
-        return rotation_matrix(position, self._config.rotary_dim, self._config.rotary_base)
+        dim, base = config.rotary_dim, config.rotary_base
+        matrices = [rotation_matrix(position, dim, base) for position in positions]
+        return matrices[0][None] if len(matrices) == 1 else np.stack(matrices)
 
     def constant(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         """What follows from the weights alone; where no gradients are taken, computed once."""

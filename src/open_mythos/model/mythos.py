@@ -213,11 +213,11 @@ class OpenMythos(nn.Module):
         """Each step's tokens; evaluation mode and inference mode are the caller's to switch on for every step."""
         loops = check_loops(n_loops, ids, self.config)
         store = SequenceStore(self.config, ids.shape[0], ids.shape[1] + max_new_tokens, self.embed.weight)
-        layers, constants = one_token_layers(self.blocks()), dict[Hashable, Tensor]()
+        layers, constants = one_token_layers(self.blocks(), ids.shape[0]), dict[Hashable, Tensor]()
         new = ids
         for _ in range(max_new_tokens):
             context = self.context(new.shape[1], store, constants)
-            context.one_token = layers if new.shape == (1, 1) else {}
+            context.one_token = layers if new.shape[1] == 1 else {}
             result = self.recurrent(self.encode(new, context), loops, context)
             logits = self.decode(result.state, context, last=1)
             store.commit(new.shape[1])

@@ -1,11 +1,12 @@
-"""A block's arithmetic for one token of one sequence: vectors where `Block` has matrices.
+"""A block's arithmetic for one new token of each of a few sequences.
 
 Main entry: `one_token_layers`. On a CPU, a decoding step is bound by how many operations it makes, not by their size.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -21,18 +22,18 @@ from open_mythos.model.feed_forward import SwiGLU
 from open_mythos.model.latent_attention import MLAttention
 from open_mythos.model.norm import RMSNorm
 from open_mythos.model.one_token_attention import OneTokenGQA, OneTokenMLA
-from open_mythos.model.router import route_one
-from open_mythos.model.vectors import Buffer, Norm, Product, as_array
+from open_mythos.model.router import route_few
+from open_mythos.model.vectors import Buffer, Norm, Product, add_product, as_array, multiply
 
 _KNOWN = {Block, GQAttention, MLAttention, MoEFFN, SwiGLU, RMSNorm, nn.Linear, nn.Dropout}
 
 
-def one_token_layers(blocks: list[Block]) -> dict[nn.Module, Layer]:
-    """What stands in for each block while one sequence is continued; none for blocks that it does not know fully.
+def one_token_layers(blocks: list[Block], n: int) -> dict[nn.Module, Layer]:
+    """What stands in for each block while `n` sequences are continued; none for blocks that it does not know fully.
 
     Those are other than float32, not on a CPU, or have parts that were wrapped, replaced, hooked or patched.
     """
-    return {block: OneTokenBlock(block) for block in blocks if _is_plain(block)}
+    return {block: OneTokenBlock(block, n) for block in blocks if _is_plain(block)}
 
 
 def _is_plain(block: Block) -> bool:
@@ -45,72 +46,88 @@ def _is_plain(block: Block) -> bool:
 
 
 class OneTokenBlock:
-    """What `block` computes for a position that has not halted.
+    """What `block` computes for `n` positions that have not halted, each of another sequence.
 
     It copies no weights. Float32 on a CPU only: everything else is better served by `Block`.
     """
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, n: int) -> None:
         self._scale, self._out = block.branch_scale, block.attn.out.weight.detach()
-        self._attn_norm, self._ffn_norm = Norm(block.attn_norm), Norm(block.ffn_norm)
+        self._attn_norm, self._ffn_norm = Norm(block.attn_norm, n), Norm(block.ffn_norm, n)
         if isinstance(block.attn, MLAttention):
-            self._attn: OneTokenGQA | OneTokenMLA = OneTokenMLA(block.attn)
+            self._attn: OneTokenGQA | OneTokenMLA = OneTokenMLA(block.attn, n)
         else:
             assert isinstance(block.attn, GQAttention)
-            self._attn = OneTokenGQA(block.attn)
-        self._ffn = _OneTokenFFN(block.ffn)
+            self._attn = OneTokenGQA(block.attn, n)
+        dense = block.ffn.shared if isinstance(block.ffn, MoEFFN) else block.ffn
+        self._dense = None if dense is None else _Dense(dense, n)
+        self._experts = _Experts(block.ffn, n) if isinstance(block.ffn, MoEFFN) else None
 
     def __call__(self, x: Tensor, context: ForwardContext, address: CacheAddress) -> Tensor:
-        """(1, 1, dim) to the same shape."""
+        """(n, 1, dim) or (1, n, dim) to the same shape."""
         out = x.clone()
-        stream = out.view(-1)
+        stream = out.view(-1, out.shape[-1])
         array = stream.numpy()
         heads = self._attn(self._attn_norm(array), context, address)
-        stream.addmv_(self._out, heads, alpha=self._scale)
-        self._ffn.add_to(stream, self._ffn_norm(array), self._scale)
+        add_product(stream, heads, self._out, self._scale)
+        normed = self._ffn_norm(array)
+        if self._experts is not None:
+            self._experts.add_to(stream, normed, self._scale)
+        if self._dense is not None:
+            self._dense.add_to(stream, normed, self._scale)
         return out
 
 
-class _Expert(NamedTuple):
-    """The matrices of one SwiGLU: (hidden, dim), (hidden, dim), (dim, hidden)."""
+class _Dense:
+    """A SwiGLU that every row goes through."""
 
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-
-
-class _OneTokenFFN:
-    """The chosen experts one after the other, or the dense layer as the only expert there is."""
-
-    def __init__(self, ffn: MoEFFN | SwiGLU) -> None:
-        self._moe = ffn if isinstance(ffn, MoEFFN) else None
-        dense = ffn.shared if isinstance(ffn, MoEFFN) else ffn
-        matrices = [] if dense is None else [_Expert(dense.gate.weight, dense.up.weight, dense.down.weight)]
-        self._always = [(expert, 1.0) for expert in matrices]
-        sizes = [expert.gate.shape[0] for expert in matrices]
-        if self._moe is not None:
-            routed = zip(self._moe.gate, self._moe.up, self._moe.down.mT, strict=True)
-            self._routed = [_Expert(*each) for each in routed]
-            self._router, self._bias = Product(self._moe.router.weight), as_array(self._moe.router_bias)
-            sizes = [self._moe.gate.shape[1]] * self._moe.topk + sizes
-        self._gate, self._up = Buffer(sum(sizes)), Buffer(sum(sizes))
-        self._gates, self._ups = self._gate.tensor.split(sizes), self._up.tensor.split(sizes)
+    def __init__(self, ffn: SwiGLU, n: int) -> None:
+        self._gate, self._up = Product(ffn.gate.weight, n), Product(ffn.up.weight, n)
+        self._down = ffn.down.weight.detach()
 
     def add_to(self, stream: Tensor, normed: Tensor, scale: float) -> None:
-        """Add `scale` times the layer's output for `normed` to `stream`, both (dim,), in place."""
-        chosen = self._choose(normed)
-        for (expert, _), gate, up in zip(chosen, self._gates, self._ups, strict=True):
-            torch.mv(expert.gate, normed, out=gate)
-            torch.mv(expert.up, normed, out=up)
+        """Add `scale` times the layer's output for `normed` to `stream`, both (n, dim), in place."""
+        self._gate(normed)
+        up = self._up(normed)
+        F.silu(self._gate.tensor, inplace=True)
+        np.multiply(self._gate.array, up, out=self._gate.array)
+        add_product(stream, self._gate.tensor, self._down, scale)
+
+
+class _Experts:
+    """The routed experts, each on the rows that chose it."""
+
+    def __init__(self, moe: MoEFFN, n: int) -> None:
+        self._moe = moe
+        self._router, self._bias = Product(moe.router.weight, n), as_array(moe.router_bias)
+        self._gates, self._ups, self._downs = list(moe.gate.detach()), list(moe.up.detach()), list(moe.down.detach().mT)
+        slots, (hidden, dim) = n * moe.topk, moe.gate.shape[1:]
+        self._rows, self._out = Buffer(slots, dim), Buffer(slots, dim)
+        self._gate, self._up = Buffer(slots, hidden), Buffer(slots, hidden)
+
+    def add_to(self, stream: Tensor, normed: Tensor, scale: float) -> None:
+        """Add `scale` times the experts' output for `normed` to `stream`, both (n, dim), in place."""
+        moe = self._moe
+        experts, weights = route_few(self._router(normed), self._bias, moe.topk, moe.score, moe.scale)
+        order = experts.ravel().argsort(kind="stable")
+        np.take(normed.numpy(), order // moe.topk, 0, self._rows.array)
+        runs = list(_runs(experts.ravel()[order].tolist()))
+        for expert, slots in runs:
+            multiply(self._rows.tensor[slots], self._gates[expert], self._gate.tensor[slots])
+            multiply(self._rows.tensor[slots], self._ups[expert], self._up.tensor[slots])
         F.silu(self._gate.tensor, inplace=True)
         np.multiply(self._gate.array, self._up.array, out=self._gate.array)
-        for (expert, weight), hidden in zip(chosen, self._gates, strict=True):
-            stream.addmv_(expert.down, hidden, alpha=scale * weight)
+        self._gate.array *= (scale * weights.ravel()[order])[:, None]
+        for expert, slots in runs:
+            multiply(self._gate.tensor[slots], self._downs[expert], self._out.tensor[slots])
+        array = stream.numpy()
+        array += self._out.array[order.argsort()].reshape(len(array), moe.topk, -1).sum(1)
 
-    def _choose(self, normed: Tensor) -> list[tuple[_Expert, float]]:
-        """The experts to run, with their weights."""
-        moe = self._moe
-        if moe is None:
-            return self._always
-        chosen = route_one(self._router(normed), self._bias, moe.topk, moe.score, moe.scale)
-        return [*((self._routed[expert], weight) for expert, weight in chosen), *self._always]
+
+def _runs(sorted_experts: list[int]) -> Iterator[tuple[int, slice]]:
+    """Each expert with the slots that it has, side by side."""
+    start = 0
+    for expert, slots in groupby(sorted_experts):
+        end = start + len(list(slots))
+        yield expert, slice(start, end)
+        start = end

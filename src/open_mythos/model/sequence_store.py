@@ -13,7 +13,7 @@ from torch import Tensor
 
 from open_mythos.config import MythosConfig
 from open_mythos.model.cache import CacheAddress, Entries
-from open_mythos.model.vectors import Array, ArrayEntries, as_array
+from open_mythos.model.vectors import Array, as_array
 
 
 class _Slot:
@@ -24,8 +24,8 @@ class _Slot:
 
     @cached_property
     def array(self) -> Array:
-        """The rows of the only sequence."""
-        return as_array(self.rows)[0]
+        """The rows, for NumPy."""
+        return as_array(self.rows)
 
 
 class SequenceStore:
@@ -56,15 +56,18 @@ class SequenceStore:
         seen = slot.rows[:, :end].split(self._sizes, -1)
         return {name: x.unflatten(-1, shape) for x, (name, shape) in zip(seen, self._shapes.items(), strict=True)}
 
-    def append(self, address: CacheAddress, row: Array, first: int) -> ArrayEntries:
-        """`extend` by one position of one sequence on the CPU: its row (width,), to what is seen from `first` on."""
+    def append(self, address: CacheAddress, rows: Array, first: int) -> dict[str, Array]:
+        """`extend` by one position, rows (batch, width), on the CPU: what is seen from position `first` on.
+
+        By name, (batch, positions, width) or (heads, batch, positions, width).
+        """
         slot = self._slot(address)
-        slot.array[self.length] = row
+        slot.array[:, self.length] = rows
         slot.filled = self.length + 1
-        seen, start, entries = slot.array[first : slot.filled], 0, ArrayEntries()
+        seen, start, entries = slot.array[:, first : slot.filled], 0, dict[str, Array]()
         for (name, shape), size in zip(self._shapes.items(), self._sizes, strict=True):
-            part = seen[:, start : start + size]
-            entries[name] = part.reshape(-1, *shape).swapaxes(0, 1) if len(shape) > 1 else part
+            part = seen[..., start : start + size]
+            entries[name] = part.reshape(*part.shape[:2], *shape).transpose(2, 0, 1, 3) if len(shape) > 1 else part
             start += size
         return entries
 

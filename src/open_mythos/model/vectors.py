@@ -1,4 +1,4 @@
-"""One vector at a time, in memory that PyTorch and NumPy share.
+"""Rows of a few sequences, one each, in memory that PyTorch and NumPy share.
 
 Main entries: `Buffer`, `Product`, `Norm`. PyTorch multiplies by the weights, on as many threads as it was given. What
 is small goes to NumPy: an operation costs some two microseconds there and a view less than one, against six and three.
@@ -6,7 +6,7 @@ is small goes to NumPy: an operation costs some two microseconds there and a vie
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,42 +17,64 @@ from open_mythos.model.norm import RMSNorm
 
 Array: TypeAlias = npt.NDArray[np.float32]
 
-ArrayEntries: TypeAlias = dict[str, Array]
-"""What one query sees of a cache, by name: (positions, width), or (heads, positions, width)."""
+
+class Seen(NamedTuple):
+    """What one query of each of n sequences sees of a cache."""
+
+    entries: dict[str, Array]
+    """By name: (n, positions, width), or (heads, n, positions, width)."""
+    bias: Array | None
+    """(n, 1, positions): what to add to the scores; None if all is visible."""
 
 
 class Buffer:
-    """The same float32 numbers as a tensor and as an array."""
+    """The same float32 numbers (rows, width) as a tensor and as an array."""
 
-    def __init__(self, size: int) -> None:
-        self.tensor = torch.empty(size)
+    def __init__(self, rows: int, width: int) -> None:
+        self.tensor = torch.empty(rows, width)
         self.array: Array = self.tensor.numpy()
 
 
 class Product(Buffer):
-    """What a matrix (rows, dim) makes of a vector (dim,), in the same memory every time."""
+    """What a matrix (width, dim) makes of rows (rows, dim), in the same memory every time."""
 
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__(weight.shape[0])
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        super().__init__(rows, weight.shape[0])
         self._weight = weight
 
     def __call__(self, x: Tensor) -> Array:
-        torch.mv(self._weight, x, out=self.tensor)
+        multiply(x, self._weight, self.tensor)
         return self.array
 
 
 class Norm(Buffer):
-    """What an `RMSNorm` makes of a vector, in the same memory every time."""
+    """What an `RMSNorm` makes of rows, in the same memory every time."""
 
-    def __init__(self, norm: RMSNorm) -> None:
-        super().__init__(norm.weight.shape[0])
-        self._gain, self._eps = as_array(norm.weight), norm.eps
+    def __init__(self, norm: RMSNorm, rows: int) -> None:
+        super().__init__(rows, norm.weight.shape[0])
+        self._gain, self._eps = as_array(norm.weight), np.float32(norm.eps)
 
     def __call__(self, x: Array) -> Tensor:
-        mean_square = float(x.dot(x)) / x.shape[0]
+        mean_square = np.vecdot(x, x) / np.float32(x.shape[-1])
         np.multiply(x, self._gain, out=self.array)
-        np.multiply(self.array, np.float32((mean_square + self._eps) ** -0.5), out=self.array)
+        np.divide(self.array, np.sqrt(mean_square + self._eps)[:, None], out=self.array)
         return self.tensor
+
+
+def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Write `x @ weight.T` to `out`, for x (rows, dim) and a weight (width, dim)."""
+    if x.shape[0] == 1:
+        torch.mv(weight, x[0], out=out[0])
+    else:
+        torch.mm(x, weight.mT, out=out)
+
+
+def add_product(stream: Tensor, x: Tensor, weight: Tensor, scale: float) -> None:
+    """Add `scale * x @ weight.T` to `stream`, for x (rows, dim) and a weight (width, dim)."""
+    if x.shape[0] == 1:
+        stream[0].addmv_(weight, x[0], alpha=scale)
+    else:
+        stream.addmm_(x, weight.mT, alpha=scale)
 
 
 def as_array(weight: nn.Parameter | Tensor) -> Array:
