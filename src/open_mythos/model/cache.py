@@ -52,6 +52,10 @@ class KVStore(Protocol):
         """
         ...
 
+    def before(self, address: CacheAddress) -> Entries:
+        """What the call's positions have at the loop before that of `address`, (batch, new, ...)."""
+        ...
+
 
 class PassStore:
     """A `KVStore` without a past: within one pass, halted positions keep the entries of their last active loop."""
@@ -78,6 +82,9 @@ class PassStore:
             new = {name: _where(active, tensor, before[name]) for name, tensor in new.items()}
         self._latest[layer] = new
         return new
+
+    def before(self, address: CacheAddress) -> Entries:
+        return self._latest[address.stage, address.layer]
 
 
 class DictStore:
@@ -118,6 +125,9 @@ class DictStore:
             return merged
         past = self._past_entries(address)
         return {name: torch.cat([past[name], tensor], 1) for name, tensor in merged.items()}
+
+    def before(self, address: CacheAddress) -> Entries:
+        return self._pass.before(address)
 
     def _past_entries(self, address: CacheAddress) -> Entries:
         """(batch, length, ...) as loop `address.loop` sees them: each position's last active loop up to that one."""

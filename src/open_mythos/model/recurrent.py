@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from open_mythos.config import MythosConfig
+from open_mythos.model.active_context import ActiveContext
 from open_mythos.model.block import Block
 from open_mythos.model.budget import LoopBudget
 from open_mythos.model.cache import CacheAddress, PassStore
@@ -81,19 +82,28 @@ class RecurrentBlock(nn.Module):
     ) -> Tensor:
         """Loop t: the next state from the state h and the encoded input e, all (batch, seq, dim).
 
-        Where `active` (batch, seq) is False the position has halted, and its state stays as it is. `own_index` is t
-        as each sequence counts its loops, a tensor (batch, 1, 1) where they did not begin together.
+        Where `active` (batch, seq) is False the position has halted, and its state stays as it is; out of training it
+        is not computed. `own_index` is t as each sequence counts its loops, a tensor (batch, 1, 1) where they did not
+        begin together.
         """
         index = t if own_index is None else own_index
         u = self.injection(h, e, context)
         if self.loop_embedding is not None:
             u = u + self.loop_embedding(index)
+        if active is not None and t > 0 and not self.training and ActiveContext.pays(active):
+            compact = ActiveContext(context, active)
+            return compact.scatter(self._branches(compact.gather(u), t, index, compact, None), h)
+        x = self._branches(u, t, index, context, active)
+        return x if active is None else torch.where(active.unsqueeze(-1), x, h)
+
+    def _branches(
+        self, u: Tensor, t: int, index: int | Tensor, context: ForwardContext, active: Tensor | None
+    ) -> Tensor:
+        """`u + F(u)`."""
         x = u
         for layer, block in enumerate(self.blocks):
             x = block(x, context, CacheAddress("recurrent", layer, t), active)
-        if self.adapter is not None:
-            x = x + self.adapter(x - u, index, context)
-        return x if active is None else torch.where(active.unsqueeze(-1), x, h)
+        return x if self.adapter is None else x + self.adapter(x - u, index, context)
 
     def forward(
         self,

@@ -53,8 +53,16 @@ class SequenceStore:
             row = torch.where(active.unsqueeze(-1), row, before[:, self.length : end])
         slot.rows[:, self.length : end] = row
         slot.filled = end
-        seen = slot.rows[:, :end].split(self._sizes, -1)
-        return {name: x.unflatten(-1, shape) for x, (name, shape) in zip(seen, self._shapes.items(), strict=True)}
+        return self._entries(slot.rows[:, :end])
+
+    def before(self, address: CacheAddress) -> Entries:
+        slot = self._slots[address._replace(loop=address.loop - 1)]
+        return self._entries(slot.rows[:, self.length : slot.filled])
+
+    def _entries(self, rows: Tensor) -> Entries:
+        """Rows (batch, positions, width) by the names of what lies in them."""
+        parts = rows.split(self._sizes, -1)
+        return {name: x.unflatten(-1, shape) for x, (name, shape) in zip(parts, self._shapes.items(), strict=True)}
 
     def append(self, address: CacheAddress, row: Array) -> Array:
         """`extend` by one position of one sequence on the CPU: its row (width,) to all rows (positions, width)."""
