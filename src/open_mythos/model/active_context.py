@@ -17,7 +17,7 @@ from open_mythos.model.mask import AttentionMask, OwnMasks
 from open_mythos.model.rope import RotaryTable
 
 # Gathering and scattering pay from this share of halted positions on, if they are not too few.
-_SHARE, _LEAST = 0.2, 64
+_SHARE, _LEAST = 0.2, 32
 
 # A query's own keys are copied for it where the window is so many times smaller than the sequence.
 _NARROW = 4

@@ -45,6 +45,11 @@ class KVStore(Protocol):
         """Positions stored before this call."""
         ...
 
+    @property
+    def reached(self) -> Tensor | None:
+        """(batch, 1): how many loops the last of them ran; None if there are none."""
+        ...
+
     def extend(self, address: CacheAddress, new: Entries, active: Tensor | None) -> Entries:
         """Take the call's new keys and values (batch, new, ...) and return all that its queries may see.
 
@@ -61,6 +66,7 @@ class PassStore:
     """A `KVStore` without a past: within one pass, halted positions keep the entries of their last active loop."""
 
     length = 0
+    reached = None
 
     def __init__(self) -> None:
         self._latest: dict[tuple[str, int], Entries] = {}
@@ -117,6 +123,13 @@ class DictStore:
             raise ValueError(
                 f"kv_cache was filled with n_loops {stored.tolist()}; this call has {self._n_loops.tolist()}"
             )
+
+    @property
+    def reached(self) -> Tensor | None:
+        halting = self._cache.get(_HALTING)
+        if self.length == 0 or halting is None:
+            return self._n_loops.unsqueeze(-1) if self.length else None
+        return halting["exit_loops"][-1].unsqueeze(-1)
 
     def extend(self, address: CacheAddress, new: Entries, active: Tensor | None) -> Entries:
         self._new[address] = new

@@ -220,7 +220,7 @@ class OpenMythos(nn.Module):
             context.one_token = layers if new.shape == (1, 1) else {}
             result = self.recurrent(self.encode(new, context), loops, context)
             logits = self.decode(result.state, context, last=1)
-            store.commit(new.shape[1])
+            store.commit(result.exit_loops)
             new = _sample(logits[:, -1], temperature, top_k, generator)
             yield new
 

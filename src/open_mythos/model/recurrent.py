@@ -20,7 +20,7 @@ from open_mythos.model.budget import LoopBudget
 from open_mythos.model.cache import CacheAddress, PassStore
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.depth_adapter import DepthAdapter, LoopEmbedding
-from open_mythos.model.halting import ACTAccumulator, ACTHalting, LastState
+from open_mythos.model.halting import ACTAccumulator, ACTHalting, LastState, SettledState
 from open_mythos.model.injection import LTIInjection
 
 
@@ -65,10 +65,19 @@ class RecurrentBlock(nn.Module):
             return torch.randn_like(e) * torch.rand(e.shape[0], 1, 1, device=e.device, dtype=e.dtype)
         return torch.zeros_like(e)
 
-    def accumulator(self, n_loops: Tensor, e: Tensor, *, end_together: bool = False) -> ACTAccumulator | LastState:
-        """What decides when positions stop and weighs their states, for `n_loops` (batch,), a tensor on the CPU."""
+    def accumulator(
+        self, n_loops: Tensor, e: Tensor, *, end_together: bool = False, reached: Tensor | None = None
+    ) -> ACTAccumulator | LastState:
+        """What decides when positions stop and weighs their states, for `n_loops` (batch,), a tensor on the CPU.
+
+        `reached` (batch, 1) is how many loops the position before the first one ran, None if there is none.
+        """
         budget = LoopBudget(n_loops, e.device, end_together=end_together)
-        return LastState(budget, e) if self.act is None else ACTAccumulator(self.config.act_threshold, budget, e)
+        if self.act is not None:
+            return ACTAccumulator(self.config.act_threshold, budget, e)
+        if self.config.halting == "settled" and not self.training:
+            return SettledState(self.config.settle_tolerance, budget, e, reached)
+        return LastState(budget, e)
 
     def step(
         self,
@@ -123,7 +132,7 @@ class RecurrentBlock(nn.Module):
         checkpointing, Chen et al. 2016, arXiv 1604.06174). Out of training, the loops end as soon as no position is
         active.
         """
-        halting = self.accumulator(n_loops, e, end_together=grad_loops is not None)
+        halting = self.accumulator(n_loops, e, end_together=grad_loops is not None, reached=context.store.reached)
         budget = halting.budget
         n_constant = 0 if grad_loops is None else max(0, budget.most - grad_loops)
         learning = torch.is_grad_enabled()

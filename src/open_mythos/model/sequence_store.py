@@ -43,6 +43,7 @@ class SequenceStore:
         self._batch, self._capacity, self._like = batch, capacity, like
         self._slots: dict[CacheAddress, _Slot] = {}
         self.length = 0
+        self.reached: Tensor | None = None
 
     def extend(self, address: CacheAddress, new: Entries, active: Tensor | None) -> Entries:
         slot = self._slot(address)
@@ -71,9 +72,10 @@ class SequenceStore:
         slot.filled = self.length + 1
         return slot.array[: slot.filled]
 
-    def commit(self, n_new: int) -> None:
-        """The pass has succeeded: its `n_new` positions now belong to the past."""
-        self.length += n_new
+    def commit(self, exit_loops: Tensor) -> None:
+        """The pass has succeeded: its positions, which ran `exit_loops` (batch, new), now belong to the past."""
+        self.length += exit_loops.shape[1]
+        self.reached = exit_loops[:, -1:]
 
     def _slot(self, address: CacheAddress) -> _Slot:
         """The address's slot; positions that never reached this loop take the rows of the loop before."""
