@@ -92,7 +92,7 @@ def test_a_loop_costs_what_its_active_positions_cost(monkeypatch: pytest.MonkeyP
     seen: list[int] = []
     model.recurrent.block.ffn.register_forward_hook(lambda module, args, out: seen.append(args[0][..., 0].numel()))
     model(ids, DEPTHS)
-    assert seen == [SEQ * int((DEPTHS > t).sum()) for t in range(9)]
+    assert seen == [SEQ * int((t < DEPTHS).sum()) for t in range(9)]
     seen.clear()
     model.train()(ids, DEPTHS)
     assert seen == [SEQ * 5] * 9

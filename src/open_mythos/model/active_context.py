@@ -1,6 +1,6 @@
 """A loop over the positions that have not halted, and no others: they lie side by side in one sequence.
 
-Main entry: `ActiveContext`. Only attention tells them apart: each position attends to its own sequence, as it was stored.
+Main entry: `ActiveContext`. Only attention tells them apart: each position attends to its own sequence, as stored.
 """
 
 from __future__ import annotations
@@ -88,8 +88,10 @@ class ActiveContext(ForwardContext):
 
     def _grouped(self, window: int | None) -> _Groups:
         if window not in self._groups:
-            narrow = window is not None and _NARROW * window <= self._n_keys
-            self._groups[window] = self._alone(window) if narrow else self._by_sequence(window)
+            if window is not None and _NARROW * window <= self._n_keys:
+                self._groups[window] = self._alone(window)
+            else:
+                self._groups[window] = self._by_sequence(window)
         return self._groups[window]
 
     @property
