@@ -1,8 +1,8 @@
 """Adaptive depth beside fixed loops on problems of mixed lengths: python benchmarks/adaptive_depth.py RUN [RUN ...].
 
 Runs of `mythos train` on a task, whose models halt. The baseline runs the same weights for one number of loops at every
-position: the fewest that, on this very batch, are as accurate as halting is, less `--within`. Of padding, both sides
-compute one loop. They take turns; times are medians of processor time on one thread.
+position: the fewest that get as much of this very batch right as halting does. Of padding, both sides compute one loop.
+They take turns; times are medians of processor time on one thread.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ def main() -> None:
     parser.add_argument("--shortest", type=int, default=4)
     parser.add_argument("--longest", type=int, default=64)
     parser.add_argument("--most", type=int, default=64, help="Loops at which even an undecided position stops.")
-    parser.add_argument("--within", type=float, default=0.001, help="Accuracy that the baseline may be worse by.")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, help="Where to draw exit loops against the loops needed.")
@@ -72,7 +71,7 @@ def main() -> None:
         with torch.inference_mode():
             halted = adaptive(problems.ids, problems.loops(options.most), full_output=True)
             accuracy = problems.accuracy(halted.logits)
-            enough, reached = fewest_loops(fixed, problems, accuracy - options.within, options.most)
+            enough, reached = fewest_loops(fixed, problems, accuracy, options.most)
             sides = {"adaptive": (adaptive, problems.loops(options.most)), "fixed": (fixed, problems.loops(enough))}
             times = in_turns(sides, problems.ids, options.rounds)
         spent = halted.exit_loops[problems.there].float().mean().item()

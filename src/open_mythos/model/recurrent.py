@@ -95,24 +95,20 @@ class RecurrentBlock(nn.Module):
         is not computed. `own_index` is t as each sequence counts its loops, a tensor (batch, 1, 1) where they did not
         begin together.
         """
+        together = not isinstance(own_index, Tensor)
+        if active is not None and t > 0 and together and not self.training and ActiveContext.pays(active):
+            few = ActiveContext(context, active)
+            return few.scatter(self.step(few.gather(h), few.gather(e), t, few), h)
         index = t if own_index is None else own_index
         u = self.injection(h, e, context)
         if self.loop_embedding is not None:
             u = u + self.loop_embedding(index)
-        if active is not None and t > 0 and not self.training and ActiveContext.pays(active):
-            compact = ActiveContext(context, active)
-            return compact.scatter(self._branches(compact.gather(u), t, index, compact, None), h)
-        x = self._branches(u, t, index, context, active)
-        return x if active is None else torch.where(active.unsqueeze(-1), x, h)
-
-    def _branches(
-        self, u: Tensor, t: int, index: int | Tensor, context: ForwardContext, active: Tensor | None
-    ) -> Tensor:
-        """`u + F(u)`."""
         x = u
         for layer, block in enumerate(self.blocks):
             x = block(x, context, CacheAddress("recurrent", layer, t), active)
-        return x if self.adapter is None else x + self.adapter(x - u, index, context)
+        if self.adapter is not None:
+            x = x + self.adapter(x - u, index, context)
+        return x if active is None else torch.where(active.unsqueeze(-1), x, h)
 
     def forward(
         self,
