@@ -21,6 +21,7 @@ from torch import Tensor
 
 from open_mythos import OpenMythos
 from open_mythos.analysis import plots
+from open_mythos.analysis.depth_sweep import states_by_loop
 from open_mythos.data.batch import IGNORED
 from open_mythos.data.seeding import generator
 from open_mythos.data.tasks import TASKS, Task
@@ -117,11 +118,12 @@ def without_halting(run: Path) -> OpenMythos:
 
 def fewest_loops(model: OpenMythos, problems: Problems, accuracy: float, most: int) -> tuple[int, float]:
     """The fewest loops that reach this accuracy and what they reach; `most` if none do."""
-    for n_loops in range(1, most):
-        found = problems.accuracy(model(problems.ids, problems.loops(n_loops)))
-        if found >= accuracy:
-            return n_loops, found
-    return most, problems.accuracy(model(problems.ids, problems.loops(most)))
+    context, reached = model.context(problems.ids.shape[1]), 0.0
+    for n_loops, state in states_by_loop(model, problems.ids, range(1, most + 1), context):
+        reached = problems.accuracy(model.decode(state, context))
+        if reached >= accuracy:
+            return n_loops, reached
+    return most, reached
 
 
 def in_turns(sides: dict[str, tuple[OpenMythos, Tensor]], ids: Tensor, rounds: int) -> dict[str, float]:

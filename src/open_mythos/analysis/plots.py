@@ -167,22 +167,19 @@ def halting(report: HaltingReport) -> Figure:
 
 
 def exit_loops(runs: Mapping[str, Mapping[int, float]], fixed: Mapping[str, int]) -> Figure:
-    """The mean exit loop of the positions that need so many loops, one line per run; `fixed` loops of each, dashed."""
+    """The mean exit loop of the positions that need so many loops, one line per run; its `fixed` loops, dashed."""
     figure = _figure(7.5, 4.2)
-    axes = _axes(figure, "Adaptive depth: positions run the loops that they need")
+    axes = _axes(figure, "Adaptive depth: a position runs the loops that it needs")
     for index, (name, exits) in enumerate(runs.items()):
         colour, marker = _SERIES[index % len(_SERIES)], _MARKERS[index % len(_MARKERS)]
-        axes.plot(
-            list(exits), list(exits.values()), marker=marker, markersize=5, color=colour, label=f"{name}: exit loop"
-        )
-        axes.axhline(
-            fixed[name], color=colour, linestyle="--", linewidth=1, label=f"{name}: fixed, {fixed[name]} loops"
-        )
+        axes.plot(list(exits), list(exits.values()), marker=marker, markersize=5, color=colour, label=name)
+        axes.axhline(fixed[name], color=colour, linestyle="--", linewidth=1)
     most = max(max(exits) for exits in runs.values())
     axes.plot([1, most], [1, most], color=_GREY, linestyle=":", label="loops needed")
-    axes.set(xlabel="loops that the task needs at a position", ylabel="loops", ylim=(0, None))
+    axes.plot([], [], color=_GREY, linestyle="--", linewidth=1, label="fixed loops, as accurate")
+    axes.set(xlabel="loops that the task needs at a position", ylabel="mean exit loop", ylim=(0, None))
     _whole_numbers(axes.xaxis, axes.yaxis)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    axes.legend(frameon=False, loc="lower right")
     return figure
 
 
