@@ -76,8 +76,11 @@ class MythosConfig:
     loop_embedding: bool = False
     state_init: Literal["input", "zeros", "noise"] = "input"
     """First state: the encoded input, zeros, or in training noise of a random size around the zeros of inference."""
-    halting: Literal["act", "none"] = "act"
+    halting: Literal["act", "settled", "none"] = "act"
+    """When a position stops: as a trained head says, or once no position up to it moves any more (not in training)."""
     act_threshold: float = 0.99
+    settle_tolerance: float = 0.1
+    """Under halting "settled": a position moves where a loop changes its state by more than this share of its size."""
 
     # Numerics and generation.
     update_scale: float | None = None
@@ -103,6 +106,7 @@ class MythosConfig:
         self._require("act_threshold", 0 < self.act_threshold <= 1, "a number in (0, 1]")
         self._require("dropout", 0 <= self.dropout < 1, "a number in [0, 1)")
         self._require("norm_eps", self.norm_eps > 0, "a number above 0")
+        self._require("settle_tolerance", self.settle_tolerance > 0, "a number above 0")
         for name in ("rope_theta", "update_scale"):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "None or a number above 0")
@@ -240,5 +244,5 @@ _CHOICES = {
     "attn_type": ("gqa", "mla"),
     "router_score": ("softmax", "sigmoid"),
     "state_init": ("input", "zeros", "noise"),
-    "halting": ("act", "none"),
+    "halting": ("act", "settled", "none"),
 }

@@ -14,7 +14,7 @@ from open_mythos.presets import mythos_tiny
 from tiny import random_ids, tiny_config, tiny_model
 
 
-@pytest.mark.parametrize("changes", [{"halting": "none"}, {}, {"attn_type": "mla"}])
+@pytest.mark.parametrize("changes", [{"halting": "none"}, {"halting": "settled"}, {}, {"attn_type": "mla"}])
 def test_states_are_those_of_a_forward_pass_of_each_depth(changes: dict[str, Any]) -> None:
     config = mythos_tiny().replace(**changes)
     model = tiny_model(config)

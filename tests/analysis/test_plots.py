@@ -40,6 +40,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "depth_sweep_loss": lambda: plots.depth_sweep(depth_sweep(MODEL, (IDS, IDS), [1, 2]), measure="loss"),
     "depth_sweep_laws": lambda: plots.depth_sweep(ROWS, laws=fit_depth_laws(ROWS, "accuracy", 8), target=0.85),
     "halting": lambda: plots.halting(halting_matrix(MODEL, IDS, 6)),
+    "exit_loops": lambda: plots.exit_loops({"one": {1: 2.5, 2: 3.0}, "two": {1: 2.0, 2: 4.0}}, {"one": 5, "two": 6}),
     "expert_load": lambda: plots.expert_load(expert_load(MODEL, IDS, 3)),
     "training_loss": lambda: plots.training_loss([2.0, 1.0, 0.5, 0.4]),
 }

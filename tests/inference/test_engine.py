@@ -117,6 +117,12 @@ def test_a_wrong_request_fails_alone_and_says_why() -> None:
     assert engine.stats().cache_bytes == 0
 
 
+def test_a_model_that_halts_when_settled_is_refused() -> None:
+    """The engine decides for each position alone, at its own loop; it would run other loops than the model does."""
+    with pytest.raises(ValueError, match="halting is 'settled'"):
+        Engine(tiny_model(tiny_config(halting="settled")))
+
+
 def test_a_request_cancelled_in_any_state_leaves_the_others_alone() -> None:
     params = SamplingParams(max_new_tokens=5, n_loops=3, temperature=0.0)
     prompts = [[1, 2, 3], [4, 5], [6]]

@@ -44,7 +44,7 @@ def assert_halting_is_tested(exit_loops: Tensor, n_loops: int | Tensor) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 3], ids=["full attention", "window"])
-@pytest.mark.parametrize("halting", ["act", "none"])
+@pytest.mark.parametrize("halting", ["act", "settled", "none"])
 @pytest.mark.parametrize("depth", DEPTHS, ids=str)
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
 def test_every_step_equals_the_full_forward(
@@ -57,6 +57,15 @@ def test_every_step_equals_the_full_forward(
         exit_loops, _ = assert_cached_equals_full(model, ids, n_loops, cuts)
     if halting == "act" and depth not in (1, 2, 3):
         assert_halting_is_tested(exit_loops, n_loops)
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+def test_a_later_piece_settles_no_earlier_than_what_it_follows(attn_type: str, cuts: list[int]) -> None:
+    config = tiny_config(attn_type, halting="settled", settle_tolerance=0.1, window=3, recurrent_layers=2)
+    exit_loops, _ = assert_cached_equals_full(tiny_model(config), random_ids(config, 3, SEQ), 30, cuts)
+    assert_halting_is_tested(exit_loops, 30)
+    assert (exit_loops.diff(dim=1) >= 0).all()
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -141,7 +150,7 @@ def _bytes_per_row(config: MythosConfig) -> int:
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize("halting", ["act", "none"])
+@pytest.mark.parametrize("halting", ["act", "settled", "none"])
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
 def test_the_cache_stores_only_rows_that_were_computed(attn_type: str, halting: str, cuts: list[int]) -> None:
     """Bytes are the sum over exit loops in the recurrent block, and one row per position elsewhere."""

@@ -14,6 +14,7 @@ VARIANTS: list[dict[str, Any]] = [
     {},
     {"window": 3, "outer_window": 4},
     {"halting": "none"},
+    {"halting": "settled", "settle_tolerance": 0.3, "window": 3},
     {"recurrent_layers": 2, "window": 2},
     {"prelude_layers": 0, "coda_layers": 0},
     {"n_experts": 0, "lora_rank": 0, "loop_embedding": False},

@@ -8,11 +8,12 @@ import torch
 from tiny import random_ids, tiny_config, tiny_model
 
 
-@pytest.mark.parametrize("n_loops", [1, 4, [2, 5]], ids=str)
+@pytest.mark.parametrize("halting", ["act", "settled"])
+@pytest.mark.parametrize("n_loops", [1, 4, [2, 5], 20], ids=str)
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
 @torch.no_grad()
-def test_greedy_tokens_are_those_of_the_full_forward(attn_type: str, n_loops: int | list[int]) -> None:
-    config = tiny_config(attn_type)
+def test_greedy_tokens_are_those_of_the_full_forward(attn_type: str, n_loops: int | list[int], halting: str) -> None:
+    config = tiny_config(attn_type, halting=halting)
     model, ids = tiny_model(config), random_ids(config, 2, 4)
     depth = torch.tensor(n_loops) if isinstance(n_loops, list) else n_loops
     sequence = ids

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from open_mythos import OpenMythos
 from open_mythos.model.budget import LoopBudget
-from open_mythos.model.halting import ACTAccumulator, ACTHalting
+from open_mythos.model.halting import ACTAccumulator, ACTHalting, SettledState
+from reference import model as reference
 from reference.halting import loop_weights
 from tiny import random_ids, tiny_config, tiny_model
 
@@ -154,3 +155,63 @@ def test_training_and_evaluation_compute_the_same_numbers() -> None:
     config = tiny_config(balance_rate=0.0, state_init="zeros")
     model, ids = tiny_model(config), random_ids(config, 2, 7)
     torch.testing.assert_close(model.train()(ids, 6), model.eval()(ids, 6), atol=1e-6, rtol=1e-5)
+
+
+SETTLED = {"halting": "settled", "window": 3, "recurrent_layers": 2}
+
+
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+@pytest.mark.parametrize("tolerance", [0.03, 0.1, 0.3])
+def test_settled_positions_stop_as_in_the_naive_model(attn_type: str, tolerance: float) -> None:
+    config = tiny_config(attn_type, settle_tolerance=tolerance, **SETTLED)
+    model, ids = tiny_model(config), random_ids(config, 2, 9)
+    expected = reference.forward(model, ids, [20, 5])
+    found = model(ids, torch.tensor([20, 5]), full_output=True)
+    assert torch.equal(found.exit_loops, expected.exit_loops)
+    torch.testing.assert_close(found.logits.double(), expected.logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_position_that_rests_waits_for_those_before_it() -> None:
+    """The states of a batch: the second position never moves, the first for three loops; the third has its own time."""
+    h = torch.ones(1, 3, 4)
+    halting = SettledState(0.1, LoopBudget(torch.tensor([9]), h.device), h)
+    for t, moves in enumerate([[1, 0, 1], [1, 0, 0], [1, 0, 1], [0, 0, 1], [0, 0, 0], [0, 0, 0]]):
+        h = h + torch.tensor(moves, dtype=h.dtype).view(1, 3, 1)
+        halting.update(h, None, t)
+    assert halting.exit_loops.tolist() == [[4, 4, 5]]
+    assert halting.finished
+
+
+@torch.no_grad()
+def test_what_has_settled_is_what_more_loops_would_give() -> None:
+    """At a tolerance of a millionth, halting changes no logit by more than a thousandth."""
+    config = tiny_config(settle_tolerance=1e-6, loop_embedding=False, lora_rank=0, **SETTLED)
+    model, ids = tiny_model(config), random_ids(config, 2, 9)
+    endless = tiny_model(config.replace(halting="none"))
+    found = model(ids, 200, full_output=True)
+    assert int(found.exit_loops.max()) < 150
+    torch.testing.assert_close(found.logits, endless(ids, 200), atol=1e-3, rtol=0)
+
+
+def test_training_runs_every_loop_of_a_model_that_halts_when_settled() -> None:
+    config = tiny_config(settle_tolerance=0.3, **SETTLED)
+    model, ids = tiny_model(config), random_ids(config, 2, 9)
+    assert int(model(ids, 20, full_output=True).exit_loops.max()) < 20
+    assert model.train()(ids, 20, full_output=True).exit_loops.eq(20).all()
+
+
+@pytest.mark.parametrize("halting", ["act", "settled", "none"])
+@torch.no_grad()
+def test_padding_may_be_given_one_loop(halting: str) -> None:
+    """Loops may differ by position: what comes before is as if the rest were not there."""
+    config = tiny_config(window=3, halting=halting)
+    model, ids = tiny_model(config), random_ids(config, 2, 9)
+    loops = torch.full((2, 9), 7)
+    loops[0, 5:] = 1
+    found, alone = model(ids, loops, full_output=True), model(ids[:1, :5], 7, full_output=True)
+    torch.testing.assert_close(found.logits[:1, :5], alone.logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.exit_loops[:1, :5], alone.exit_loops)
+    assert found.exit_loops[0, 5:].eq(1).all()
+    with pytest.raises(ValueError, match=r"n_loops .* must be an integer, or an integer tensor of shape \(2,\)$"):
+        model(ids, loops, {})

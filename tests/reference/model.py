@@ -19,7 +19,7 @@ from open_mythos.model.mythos import OpenMythos
 from reference.attention import attention
 from reference.elementary import rms_norm, rotate_all, swiglu
 from reference.experts import mixture
-from reference.halting import has_halted, loop_weights
+from reference.halting import has_halted, has_moved, loop_weights
 
 
 class Reference(NamedTuple):
@@ -64,14 +64,17 @@ def _loops(model: OpenMythos, e: Tensor, budget: int) -> tuple[Tensor, list[int]
     active = [True] * len(e)
     for t in range(budget):
         new = _one_loop(model, torch.stack(h), e, t, kept, active)
+        moved = [active[i] and has_moved(h[i], new[i], c.settle_tolerance) for i in positions]
         for i in positions:
             if active[i]:
                 h[i] = new[i]
                 states[i].append(h[i])
                 probabilities[i].append(_halting_probability(model, h[i]))
                 active[i] = not has_halted(probabilities[i], budget, threshold)
-    if c.halting == "none":
-        return torch.stack(h), [budget] * len(e), [0.0] * len(e)
+                if c.halting == "settled" and t > 0 and not any(moved[: i + 1]):
+                    active[i] = False
+    if c.halting != "act":
+        return torch.stack(h), [len(states[i]) for i in positions], [0.0] * len(e)
     weights = [loop_weights(probabilities[i], budget, threshold) for i in positions]
     out = [sum(w * s for w, s in zip(weights[i], states[i], strict=True)) for i in positions]
     return torch.stack(out), [len(w) for w in weights], [len(w) + w[-1] for w in weights]

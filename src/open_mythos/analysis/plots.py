@@ -166,6 +166,23 @@ def halting(report: HaltingReport) -> Figure:
     return figure
 
 
+def exit_loops(runs: Mapping[str, Mapping[int, float]], fixed: Mapping[str, int]) -> Figure:
+    """The mean exit loop of the positions that need so many loops, one line per run; its `fixed` loops, dashed."""
+    figure = _figure(7.5, 4.2)
+    axes = _axes(figure, "Adaptive depth: a position runs the loops that it needs")
+    for index, (name, exits) in enumerate(runs.items()):
+        colour, marker = _SERIES[index % len(_SERIES)], _MARKERS[index % len(_MARKERS)]
+        axes.plot(list(exits), list(exits.values()), marker=marker, markersize=5, color=colour, label=name)
+        axes.axhline(fixed[name], color=colour, linestyle="--", linewidth=1)
+    most = max(max(exits) for exits in runs.values())
+    axes.plot([1, most], [1, most], color=_GREY, linestyle=":", label="loops needed")
+    axes.plot([], [], color=_GREY, linestyle="--", linewidth=1, label="fixed loops, as accurate")
+    axes.set(xlabel="loops that the task needs at a position", ylabel="mean exit loop", ylim=(0, None))
+    _whole_numbers(axes.xaxis, axes.yaxis)
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
 def expert_load(report: RoutingReport, layer: int = 0) -> Figure:
     """Share of each expert at every loop, as a heat map; its title names the busiest expert."""
     figure = _figure(8, 1.8 + 0.22 * min(len(report.loops), 16))

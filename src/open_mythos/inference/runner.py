@@ -37,6 +37,8 @@ class Runner:
     """Runs waves of requests through a model."""
 
     def __init__(self, model: OpenMythos, cache: PagedCache) -> None:
+        if model.config.halting == "settled":  # whether others move is not known where each has its own loop
+            raise ValueError("halting is 'settled'; the engine takes models with halting 'act' or 'none'")
         self.model, self.cache = model, cache
         self._like = model.embed.weight
         self.flight = Flight(model.config.dim, self._like)

@@ -6,7 +6,6 @@ Main entries: `Lane`, `WaveContext`. All positions lie side by side in one seque
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from open_mythos.config import MythosConfig
 from open_mythos.inference.cache import PagedCache, Rows, RowTable
 from open_mythos.model.cache import CacheAddress, Entries
 from open_mythos.model.context import ForwardContext, Visible
-from open_mythos.model.mask import AttentionMask
+from open_mythos.model.mask import AttentionMask, OwnMasks
 from open_mythos.model.rope import RotaryTable, rotary_table
 from open_mythos.model.vectors import Array, Seen
 
@@ -46,26 +45,6 @@ class _Keys(NamedTuple):
 
     rows: Rows
     visible: NDArray[np.bool_] | None
-
-
-@dataclass(frozen=True)
-class LanesMask(AttentionMask):
-    """A mask of its own for every lane."""
-
-    visible: Tensor
-    """(lanes, queries, keys)."""
-
-    @property
-    def is_causal_square(self) -> bool:
-        """Never taken for granted."""
-        return False
-
-    @cached_property
-    def bias(self) -> Tensor | None:
-        """(lanes, queries, keys); (queries, keys) for a single lane."""
-        bias = torch.zeros(self.visible.shape, dtype=self.dtype, device=self.device)
-        bias = bias.masked_fill_(~self.visible, float("-inf"))
-        return bias[0] if len(bias) == 1 else bias
 
 
 class WaveContext(ForwardContext):
@@ -97,7 +76,7 @@ class WaveContext(ForwardContext):
     @cached_property
     def rotary(self) -> RotaryTable | None:
         """Rotations of every lane's positions."""
-        c = self._config
+        c = self.config
         if not c.use_rope:
             return None
         positions = np.concatenate([[at for at, _ in self._singles], *(at for at, _ in self._blocks)])
@@ -156,7 +135,7 @@ class WaveContext(ForwardContext):
         if visible is None:
             mask = AttentionMask(1, width, None, self.device, self.dtype)
         else:
-            mask = LanesMask(1, width, None, self.device, self.dtype, self._there(visible).unsqueeze(1))
+            mask = OwnMasks(1, width, None, self.device, self.dtype, self._there(visible).unsqueeze(1))
         return _Group(slice(0, lanes), lanes, self._there(rows), mask)
 
     @cached_property
@@ -186,7 +165,7 @@ class WaveContext(ForwardContext):
             visible = keys <= queries
             if self._window is not None:
                 visible &= keys > queries - self._window
-            mask = LanesMask(n, n_keys, None, self.device, self.dtype, self._there(visible[None]))
+            mask = OwnMasks(n, n_keys, None, self.device, self.dtype, self._there(visible[None]))
         return _Group(slice(start, start + n), 1, self._there(seen[None, first : last + 1]), mask)
 
     def _there(self, array: np.ndarray) -> Tensor:

@@ -1,6 +1,7 @@
-"""When each sequence of a batch runs its loops.
+"""When each sequence of a batch, or each position, runs its loops.
 
-Main entry: `LoopBudget`. Sequences begin together; or, where only the last loops are to be learned from, end together.
+Main entry: `LoopBudget`. All begin together; or, where only the last loops are to be learned from, end together.
+Shapes are (batch, 1) where `n_loops` is one number per sequence, (batch, seq) where it is one per position.
 """
 
 from __future__ import annotations
@@ -10,28 +11,27 @@ from torch import Tensor
 
 
 class LoopBudget:
-    """`most` loops in all, of which each sequence runs its own number."""
+    """`most` loops in all, of which each sequence or position runs its own number."""
 
     def __init__(self, n_loops: Tensor, device: torch.device, *, end_together: bool = False) -> None:
-        """`n_loops` (batch,), on the CPU, is how many loops each sequence runs."""
+        """`n_loops`, (batch,) or (batch, seq), on the CPU, is how many loops each sequence or position runs."""
         self.fewest, self.most = int(n_loops.min()), int(n_loops.max())
-        self.n_loops = n_loops.to(device).unsqueeze(-1)
-        """(batch, 1)."""
+        self.n_loops = n_loops.to(device).view(len(n_loops), -1)
         self._delayed = end_together and self.fewest < self.most
         self._first = self.most - self.n_loops if self._delayed else torch.zeros_like(self.n_loops)
 
     def running(self, t: int) -> Tensor | None:
-        """(batch, 1), False where loop t is not one of the sequence's own; None if it is everybody's."""
+        """False where loop t is not one of the sequence's own; None if it is everybody's."""
         if self.fewest == self.most or (t < self.fewest and not self._delayed):
             return None
         return (t >= self._first) & (t < self._first + self.n_loops)
 
     def begin_after(self, t: int) -> Tensor | None:
-        """(batch, 1), True where the first loop comes after loop t; None if everybody's loops have begun."""
+        """True where the first loop comes after loop t; None if everybody's loops have begun."""
         return self._first > t if self._delayed else None
 
     def end_at(self, t: int) -> Tensor:
-        """(batch, 1), True where loop t is the last."""
+        """True where loop t is the last."""
         return self._first + self.n_loops == t + 1
 
     def none_ends_at(self, t: int) -> bool:
@@ -43,5 +43,5 @@ class LoopBudget:
         return self.fewest == self.most == t + 1
 
     def own_index(self, t: int) -> int | Tensor:
-        """Loop t as each sequence counts its own, from 0; a tensor (batch, 1, 1) where they differ."""
+        """Loop t as each sequence counts its own, from 0; a tensor with one more dimension where they differ."""
         return (t - self._first).clamp_min(0).unsqueeze(-1) if self._delayed else t

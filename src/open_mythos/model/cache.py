@@ -45,6 +45,11 @@ class KVStore(Protocol):
         """Positions stored before this call."""
         ...
 
+    @property
+    def reached(self) -> Tensor | None:
+        """(batch, 1): how many loops the last of them ran; None if there are none."""
+        ...
+
     def extend(self, address: CacheAddress, new: Entries, active: Tensor | None) -> Entries:
         """Take the call's new keys and values (batch, new, ...) and return all that its queries may see.
 
@@ -52,11 +57,16 @@ class KVStore(Protocol):
         """
         ...
 
+    def before(self, address: CacheAddress) -> Entries:
+        """What the call's positions have at the loop before that of `address`, (batch, new, ...)."""
+        ...
+
 
 class PassStore:
     """A `KVStore` without a past: within one pass, halted positions keep the entries of their last active loop."""
 
     length = 0
+    reached = None
 
     def __init__(self) -> None:
         self._latest: dict[tuple[str, int], Entries] = {}
@@ -78,6 +88,9 @@ class PassStore:
             new = {name: _where(active, tensor, before[name]) for name, tensor in new.items()}
         self._latest[layer] = new
         return new
+
+    def before(self, address: CacheAddress) -> Entries:
+        return self._latest[address.stage, address.layer]
 
 
 class DictStore:
@@ -111,6 +124,13 @@ class DictStore:
                 f"kv_cache was filled with n_loops {stored.tolist()}; this call has {self._n_loops.tolist()}"
             )
 
+    @property
+    def reached(self) -> Tensor | None:
+        halting = self._cache.get(_HALTING)
+        if self.length == 0 or halting is None:
+            return self._n_loops.unsqueeze(-1) if self.length else None
+        return halting["exit_loops"][-1].unsqueeze(-1)
+
     def extend(self, address: CacheAddress, new: Entries, active: Tensor | None) -> Entries:
         self._new[address] = new
         merged = self._pass.extend(address, new, active)
@@ -118,6 +138,9 @@ class DictStore:
             return merged
         past = self._past_entries(address)
         return {name: torch.cat([past[name], tensor], 1) for name, tensor in merged.items()}
+
+    def before(self, address: CacheAddress) -> Entries:
+        return self._pass.before(address)
 
     def _past_entries(self, address: CacheAddress) -> Entries:
         """(batch, length, ...) as loop `address.loop` sees them: each position's last active loop up to that one."""

@@ -35,21 +35,27 @@ def check_ids(ids: Tensor, config: MythosConfig, cached: int) -> None:
             raise ValueError(f"input_ids holds {wrong}; ids must be from 0 to vocab_size - 1 ({config.vocab_size - 1})")
 
 
-def check_loops(n_loops: int | Tensor | None, ids: Tensor, config: MythosConfig) -> Tensor:
-    """`n_loops` as an int32 tensor (batch,) on the CPU."""
+def check_loops(
+    n_loops: int | Tensor | None, ids: Tensor, config: MythosConfig, *, by_position: bool = False
+) -> Tensor:
+    """`n_loops` as an int32 tensor on the CPU: (batch,); with `by_position` also (batch, seq), if it has that shape."""
     batch = ids.shape[0] if ids.dim() else 0
+    accepted = f"an integer, or an integer tensor of shape ({batch},)"
+    if by_position:
+        accepted += f" or {tuple(ids.shape)}"
     if n_loops is None:
         n_loops = config.max_loop_iters
     if isinstance(n_loops, Tensor):
-        if n_loops.dtype.is_floating_point or n_loops.dtype == torch.bool or n_loops.shape != (batch,):
+        fits = n_loops.shape == (batch,) or (by_position and n_loops.shape == ids.shape)
+        if n_loops.dtype.is_floating_point or n_loops.dtype == torch.bool or not fits:
             found = f"a {n_loops.dtype} tensor of shape {tuple(n_loops.shape)}"
-            raise ValueError(f"n_loops is {found}; it must be an integer, or an integer tensor of shape ({batch},)")
+            raise ValueError(f"n_loops is {found}; it must be {accepted}")
         loops = n_loops.to("cpu", torch.int32)
     elif isinstance(n_loops, int) and not isinstance(n_loops, bool):
         loops = torch.full((batch,), n_loops, dtype=torch.int32)
     else:
-        raise ValueError(f"n_loops is {n_loops!r}; it must be an integer, or an integer tensor of shape ({batch},)")
-    if batch and int(loops.min()) < 1:
+        raise ValueError(f"n_loops is {n_loops!r}; it must be {accepted}")
+    if loops.numel() and int(loops.min()) < 1:
         raise ValueError(f"n_loops is {int(loops.min())}; it must be at least 1")
     return loops
 

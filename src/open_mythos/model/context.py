@@ -59,17 +59,17 @@ class ForwardContext:
         self.one_token: Mapping[nn.Module, Layer] = {}
         """In a pass over one position per sequence: what stands in for a block."""
         self.injected: Injected | None = None
-        self._config = config
-        self._constants = {} if constants is None else constants
+        self.config = config
+        self.constants = {} if constants is None else constants
         self._masks: dict[int | None, AttentionMask] = {}
 
     @cached_property
     def rotary(self) -> RotaryTable | None:
         """Rotations of the new positions; None in a model without rotary positions."""
-        if not self._config.use_rope:
+        if not self.config.use_rope:
             return None
         positions = torch.arange(self.store.length, self.store.length + self.n_new, device=self.device)
-        config = self._config
+        config = self.config
         return rotary_table(positions, config.rotary_dim, config.rotary_base, self.dtype, config.rotary_heads)
 
     def append(self, address: CacheAddress, rows: Array, window: int | None) -> Seen:
@@ -83,7 +83,7 @@ class ForwardContext:
         return self._rotations_at([self.store.length])
 
     def _rotations_at(self, positions: list[int]) -> Array | None:
-        config = self._config
+        config = self.config
         if not config.use_rope:
             return None
         dim, base = config.rotary_dim, config.rotary_base
@@ -94,9 +94,9 @@ class ForwardContext:
         """What follows from the weights alone; where no gradients are taken, computed once."""
         if torch.is_grad_enabled():
             return compute()
-        if key not in self._constants:
-            self._constants[key] = compute()
-        return self._constants[key]
+        if key not in self.constants:
+            self.constants[key] = compute()
+        return self.constants[key]
 
     def mask(self, window: int | None) -> AttentionMask:
         """The mask of a layer with this window, built once per pass."""

@@ -1,7 +1,7 @@
-"""Adaptive computation time: when each position stops, and how its loops are weighed (Graves 2016, arXiv 1603.08983).
+"""When each position stops, and how its loops are weighed; a halted position is frozen: its state no longer changes.
 
-Main entries: `ACTHalting` predicts, `ACTAccumulator` decides; `LastState` stands in for it in models without halting. A
-halted position is frozen: its state no longer changes.
+Main entries: `ACTHalting` predicts and `ACTAccumulator` decides (adaptive computation time, Graves 2016, arXiv
+1603.08983); `SettledState` asks whether anything still moves; `LastState` stops nobody.
 """
 
 from __future__ import annotations
@@ -136,3 +136,48 @@ class LastState:
     def output_if_ended(self, h: Tensor) -> Tensor:
         """The last loop's state h."""
         return h
+
+
+class SettledState(LastState):
+    """Stops a position once a loop moves neither it nor any position before it by more than `tolerance` of its size.
+
+    A position by itself may rest while information is still on its way to it. But attention is causal: the states up to
+    a position follow from one another alone. What a loop leaves all as it was, every further loop does.
+    """
+
+    def __init__(self, tolerance: float, budget: LoopBudget, like: Tensor, reached: Tensor | None = None) -> None:
+        """`like` is a state (batch, seq, dim); `reached` (batch, 1): what the position before the first one ran."""
+        super().__init__(budget, like)
+        self.tolerance, self._reached = tolerance, reached
+        self.exit_loops = torch.zeros(self._shape, dtype=torch.int32, device=like.device)
+        self._going_on: Tensor | None = None
+
+    def active(self, t: int) -> Tensor | None:
+        """(batch, seq), False where a position does not run loop t; None if all do."""
+        running = super().active(t)
+        if self._going_on is None:
+            return running
+        return self._going_on if running is None else running & self._going_on
+
+    def update(self, h: Tensor, p: Tensor | None, t: int) -> None:
+        """Take loop t's state h (batch, seq, dim)."""
+        active = self.active(t)
+        self.exit_loops = self.exit_loops + (1 if active is None else active)
+        before, self.output = self.output, h
+        if t > 0:  # before loop 0 there is no state that a loop has left
+            settled = self._settled(before, h, t)
+            if self._going_on is not None or bool(settled.any()):
+                self._going_on = ~settled if self._going_on is None else self._going_on & ~settled
+
+    @property
+    def finished(self) -> bool:  # type: ignore[override]
+        """Whether every position has halted."""
+        return self._going_on is not None and not bool(self._going_on.any())
+
+    def _settled(self, before: Tensor, h: Tensor, t: int) -> Tensor:
+        """(batch, seq): whether loop t has moved no position up to this one; halted ones do not move."""
+        size = torch.linalg.vector_norm(h, dim=-1)
+        moved = torch.linalg.vector_norm(h - before, dim=-1) > self.tolerance * size
+        if self._reached is not None:
+            moved = moved | (self._reached > t + 1)
+        return moved.cummax(1).values.logical_not()

@@ -1,6 +1,6 @@
 """Which keys a query may see: the causal past, or a sliding window of it.
 
-Main entry: `AttentionMask`.
+Main entries: `AttentionMask`; `OwnMasks` where every sequence has its own.
 """
 
 from __future__ import annotations
@@ -71,3 +71,29 @@ class AttentionMask:
         if self.window is not None:
             hidden = hidden | (keys <= queries - self.window)
         return torch.zeros(hidden.shape, device=self.device, dtype=self.dtype).masked_fill_(hidden, float("-inf"))
+
+
+@dataclass(frozen=True)
+class OwnMasks(AttentionMask):
+    """A mask of its own for every sequence of the batch."""
+
+    visible: Tensor
+    """(batch, queries, keys)."""
+
+    @property
+    def is_causal_square(self) -> bool:
+        """Never taken for granted."""
+        return False
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """(batch, queries, keys); (queries, keys) for a single sequence."""
+        bias = torch.zeros(self.visible.shape, dtype=self.dtype, device=self.device)
+        bias = bias.masked_fill_(~self.visible, float("-inf"))
+        return bias[0] if len(bias) == 1 else bias
+
+    @property
+    def causal_or_bias(self) -> tuple[bool, Tensor | None]:
+        """Kernels take a mask of every sequence's own with a dimension for the heads."""
+        bias = self.bias
+        return False, bias if bias is None or bias.dim() == 2 else bias.unsqueeze(1)

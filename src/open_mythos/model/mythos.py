@@ -124,13 +124,14 @@ class OpenMythos(nn.Module):
     ) -> Tensor | MythosOutput:
         """Logits (batch, seq, vocab_size) of token ids (batch, seq).
 
-        `n_loops` is one depth for all or one per sequence, (batch,); None means `max_loop_iters`. A plain dict passed
-        as `kv_cache` is filled, and continues the sequence when passed again. `last` computes logits for that many
-        final positions only. In training mode the routers' biases take one balancing step.
+        `n_loops` is one depth for all, one per sequence, (batch,), or without a cache one per position, (batch, seq):
+        1 where ids are padding at the end. None means `max_loop_iters`. A plain dict passed as `kv_cache` is filled,
+        and continues the sequence when passed again. `last` computes logits for that many final positions only. In
+        training mode the routers' biases take one balancing step.
 
         Raises `ValueError` for ids, loops or a cache that do not fit, before anything is computed or changed.
         """
-        loops = check_loops(n_loops, ids, self.config)
+        loops = check_loops(n_loops, ids, self.config, by_position=kv_cache is None)
         store = None
         if kv_cache is not None:
             store = DictStore(kv_cache, self.config, self._cache_id, loops.shape[0], loops)
@@ -220,7 +221,7 @@ class OpenMythos(nn.Module):
             context.one_token = layers if new.shape[1] == 1 else {}
             result = self.recurrent(self.encode(new, context), loops, context)
             logits = self.decode(result.state, context, last=1)
-            store.commit(new.shape[1])
+            store.commit(result.exit_loops)
             new = _sample(logits[:, -1], temperature, top_k, generator)
             yield new
 

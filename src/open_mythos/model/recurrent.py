@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from open_mythos.config import MythosConfig
+from open_mythos.model.active_context import ActiveContext
 from open_mythos.model.block import Block
 from open_mythos.model.budget import LoopBudget
 from open_mythos.model.cache import CacheAddress, PassStore
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.depth_adapter import DepthAdapter, LoopEmbedding
-from open_mythos.model.halting import ACTAccumulator, ACTHalting, LastState
+from open_mythos.model.halting import ACTAccumulator, ACTHalting, LastState, SettledState
 from open_mythos.model.injection import LTIInjection
 
 
@@ -64,10 +65,19 @@ class RecurrentBlock(nn.Module):
             return torch.randn_like(e) * torch.rand(e.shape[0], 1, 1, device=e.device, dtype=e.dtype)
         return torch.zeros_like(e)
 
-    def accumulator(self, n_loops: Tensor, e: Tensor, *, end_together: bool = False) -> ACTAccumulator | LastState:
-        """What decides when positions stop and weighs their states, for `n_loops` (batch,), a tensor on the CPU."""
+    def accumulator(
+        self, n_loops: Tensor, e: Tensor, *, end_together: bool = False, reached: Tensor | None = None
+    ) -> ACTAccumulator | LastState:
+        """What decides when positions stop and weighs their states, for `n_loops` (batch,), a tensor on the CPU.
+
+        `reached` (batch, 1) is how many loops the position before the first one ran, None if there is none.
+        """
         budget = LoopBudget(n_loops, e.device, end_together=end_together)
-        return LastState(budget, e) if self.act is None else ACTAccumulator(self.config.act_threshold, budget, e)
+        if self.act is not None:
+            return ACTAccumulator(self.config.act_threshold, budget, e)
+        if self.config.halting == "settled" and not self.training:
+            return SettledState(self.config.settle_tolerance, budget, e, reached)
+        return LastState(budget, e)
 
     def step(
         self,
@@ -81,9 +91,14 @@ class RecurrentBlock(nn.Module):
     ) -> Tensor:
         """Loop t: the next state from the state h and the encoded input e, all (batch, seq, dim).
 
-        Where `active` (batch, seq) is False the position has halted, and its state stays as it is. `own_index` is t
-        as each sequence counts its loops, a tensor (batch, 1, 1) where they did not begin together.
+        Where `active` (batch, seq) is False the position has halted, and its state stays as it is; out of training it
+        is not computed. `own_index` is t as each sequence counts its loops, a tensor (batch, 1, 1) where they did not
+        begin together.
         """
+        together = not isinstance(own_index, Tensor)
+        if active is not None and t > 0 and together and not self.training and ActiveContext.pays(active):
+            few = ActiveContext(context, active)
+            return few.scatter(self.step(few.gather(h), few.gather(e), t, few), h)
         index = t if own_index is None else own_index
         u = self.injection(h, e, context)
         if self.loop_embedding is not None:
@@ -113,7 +128,7 @@ class RecurrentBlock(nn.Module):
         checkpointing, Chen et al. 2016, arXiv 1604.06174). Out of training, the loops end as soon as no position is
         active.
         """
-        halting = self.accumulator(n_loops, e, end_together=grad_loops is not None)
+        halting = self.accumulator(n_loops, e, end_together=grad_loops is not None, reached=context.store.reached)
         budget = halting.budget
         n_constant = 0 if grad_loops is None else max(0, budget.most - grad_loops)
         learning = torch.is_grad_enabled()

@@ -43,6 +43,7 @@ class SequenceStore:
         self._batch, self._capacity, self._like = batch, capacity, like
         self._slots: dict[CacheAddress, _Slot] = {}
         self.length = 0
+        self.reached: Tensor | None = None
 
     def extend(self, address: CacheAddress, new: Entries, active: Tensor | None) -> Entries:
         slot = self._slot(address)
@@ -53,8 +54,16 @@ class SequenceStore:
             row = torch.where(active.unsqueeze(-1), row, before[:, self.length : end])
         slot.rows[:, self.length : end] = row
         slot.filled = end
-        seen = slot.rows[:, :end].split(self._sizes, -1)
-        return {name: x.unflatten(-1, shape) for x, (name, shape) in zip(seen, self._shapes.items(), strict=True)}
+        return self._entries(slot.rows[:, :end])
+
+    def before(self, address: CacheAddress) -> Entries:
+        slot = self._slots[address._replace(loop=address.loop - 1)]
+        return self._entries(slot.rows[:, self.length : slot.filled])
+
+    def _entries(self, rows: Tensor) -> Entries:
+        """Rows (batch, positions, width) by the names of what lies in them."""
+        parts = rows.split(self._sizes, -1)
+        return {name: x.unflatten(-1, shape) for x, (name, shape) in zip(parts, self._shapes.items(), strict=True)}
 
     def append(self, address: CacheAddress, rows: Array, first: int) -> dict[str, Array]:
         """`extend` by one position, rows (batch, width), on the CPU: what is seen from position `first` on.
@@ -71,9 +80,10 @@ class SequenceStore:
             start += size
         return entries
 
-    def commit(self, n_new: int) -> None:
-        """The pass has succeeded: its `n_new` positions now belong to the past."""
-        self.length += n_new
+    def commit(self, exit_loops: Tensor) -> None:
+        """The pass has succeeded: its positions, which ran `exit_loops` (batch, new), now belong to the past."""
+        self.length += exit_loops.shape[1]
+        self.reached = exit_loops[:, -1:]
 
     def _slot(self, address: CacheAddress) -> _Slot:
         """The address's slot; positions that never reached this loop take the rows of the loop before."""
