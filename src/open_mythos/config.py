@@ -6,7 +6,7 @@ Main entry: `MythosConfig`. Derived sizes are properties; nothing is mutated aft
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from math import isfinite
+from math import isfinite, prod
 from typing import Any, Literal
 
 MODEL_TYPE = "open_mythos"
@@ -202,6 +202,11 @@ class MythosConfig:
         if self.attn_type == "mla":
             return {"latent": (self.kv_lora_rank + self.qk_rope_head_dim,)}
         return {"k": (self.n_kv_heads, self.head_dim), "v": (self.n_kv_heads, self.head_dim)}
+
+    @property
+    def cached_numbers(self) -> int:
+        """How many numbers one attention layer caches per token."""
+        return sum(prod(shape) for shape in self.cache_widths.values())
 
     def replace(self, **changes: Any) -> MythosConfig:
         """A checked copy with some fields changed."""

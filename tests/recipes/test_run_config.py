@@ -60,6 +60,7 @@ def test_changes_reach_one_field_and_leave_the_rest() -> None:
         ({"depth": {"name": "deep"}}, "depth plan is"),
         ({"model": {"window": "wide"}}, "window"),
         ({"longest": 600}, r"longest is 600; it must be at most model.max_seq_len \(512\)"),
+        ({"sweep_lengths": [24, 600]}, r"sweep_lengths has 600; it must be at most model.max_seq_len \(512\)"),
         ({"task": "chess"}, "task is 'chess'; it must be one of parity"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],
@@ -124,3 +125,8 @@ def test_sweeps_go_to_four_times_the_typical_depth() -> None:
     assert sweep_loops(TaskRun(sweep_loops=(3,))) == (3,)
     assert sweep_rows(TextRun(sweep_rows=5), final=False) == 5
     assert sweep_rows(TaskRun(sweep_problems=5), final=True) == 20
+
+
+def test_a_sweep_measures_twice_the_longest_where_that_fits() -> None:
+    assert TaskRun(longest=16, model=MythosConfig(max_seq_len=32)).lengths_swept == (16, 32)
+    assert TaskRun(longest=16, model=MythosConfig(max_seq_len=31)).lengths_swept == (16,)

@@ -7,7 +7,6 @@ Main entries: `kv_cache_bytes` plans them from a config, `measured_cache_bytes` 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
@@ -92,7 +91,7 @@ def bytes_per_position(
     """
     slots = (sharing or EveryLoop()).slots(n_loops)
     rows = config.prelude_layers + config.coda_layers + config.recurrent_layers * slots
-    return rows * sum(prod(shape) for shape in config.cache_widths.values()) * dtype.itemsize
+    return rows * config.cached_numbers * dtype.itemsize
 
 
 def measured_cache_bytes(cache: PlainCache) -> int:

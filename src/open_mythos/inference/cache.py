@@ -37,7 +37,7 @@ class CacheLayout:
         self.loop_width, self.outer_width = config.recurrent_layers, config.prelude_layers + config.coda_layers
         both = lcm(self.loop_width, self.outer_width or 1)
         self.page_rows = both * ceil(_LEAST_PER_PAGE * self.loop_width / both)
-        self.row_bytes = sum(map(prod, self.shapes.values())) * itemsize
+        self.row_bytes = config.cached_numbers * itemsize
         self.page_bytes = self.page_rows * self.row_bytes
         self._first_row = {"prelude": 0, "recurrent": 0, "coda": config.prelude_layers}
 

@@ -98,7 +98,7 @@ def _task(run: TaskRun) -> Material:
     )
 
     def held_out(lengths: Sequence[int] | None, rows: int) -> Iterable[tuple[int, Iterable[Batch]]]:
-        for length in sorted(set(lengths or run.sweep_lengths or (run.longest, 2 * run.longest))):
+        for length in sorted(set(lengths or run.lengths_swept)):
             yield length, [task.batch(rows, length, generator(seed, length, "held-out problems"))]
 
     note = f"{run.task}: problems of length {run.shortest} to {run.longest}, made as they are needed"

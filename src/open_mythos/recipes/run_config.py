@@ -48,7 +48,7 @@ class TextRun(_Run):
     depth: DepthPlan = field(default_factory=lambda: LogNormalPoisson(mean=6, grad_loops=4))
 
     def __post_init__(self) -> None:
-        _check_length(self, "seq_len", self.seq_len)
+        _check_length(self, "seq_len", self.seq_len, self.seq_len)
         _check_counts(self, "batch_size", "seq_len", "sweep_rows")
         _check_list(self, "sweep_loops")
 
@@ -65,7 +65,7 @@ class TaskRun(_Run):
     growth: float = 0.5
     """Share of the steps over which the longest problems grow to that length."""
     sweep_lengths: tuple[int, ...] | None = None
-    """Lengths that sweeps measure; by default the longest of training and its double."""
+    """Lengths that sweeps measure; by default the longest of training and its double, if that fits the context."""
     sweep_problems: int = 128
     depth: DepthPlan = field(default_factory=Difficulty)
 
@@ -75,7 +75,15 @@ class TaskRun(_Run):
         _check_counts(self, "batch_size", "longest", "sweep_problems")
         _check_list(self, "sweep_loops")
         _check_list(self, "sweep_lengths")
-        _check_length(self, "longest", TASKS[self.task]().positions(self.longest))
+        _check_length(self, "longest", self.longest, TASKS[self.task]().positions(self.longest))
+        for length in self.sweep_lengths or ():
+            _check_length(self, "sweep_lengths", length, TASKS[self.task]().positions(length))
+
+    @property
+    def lengths_swept(self) -> tuple[int, ...]:
+        """Lengths that a sweep measures unless it is told others."""
+        fits = TASKS[self.task]().positions(2 * self.longest) <= self.model.max_seq_len
+        return self.sweep_lengths or ((self.longest, 2 * self.longest) if fits else (self.longest,))
 
 
 RunConfig = TextRun | TaskRun
@@ -115,11 +123,13 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _check_length(run: _Run, name: str, positions: int) -> None:
+def _check_length(run: _Run, name: str, length: int, positions: int) -> None:
     if positions > run.model.max_seq_len:
-        takes = "" if positions == getattr(run, name) else f" and takes {positions} positions"
-        limit = f"model.max_seq_len ({run.model.max_seq_len})"
-        raise ValueError(f"{name} is {getattr(run, name)}{takes}; it must be at most {limit}")
+        verb = "is" if length == getattr(run, name) else "has"
+        takes = "" if positions == length else f" and takes {positions} positions"
+        raise ValueError(
+            f"{name} {verb} {length}{takes}; it must be at most model.max_seq_len ({run.model.max_seq_len})"
+        )
 
 
 def _check_list(run: _Run, name: str) -> None:
