@@ -1,9 +1,11 @@
 """Halting and routing reports say what the forward pass did."""
 
+from typing import Literal
+
 import pytest
 import torch
 
-from open_mythos.analysis.halting import halting_matrix
+from open_mythos.analysis.halting import halting_matrix, under_halting
 from open_mythos.analysis.routing import ExpertLoad, expert_load
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.presets import mythos_tiny
@@ -24,10 +26,29 @@ def test_halting_matrix_is_loops_by_positions_with_exit_loops() -> None:
     assert report.n_loops == 10
 
 
-def test_halting_needs_act() -> None:
-    model = OpenMythos(mythos_tiny().replace(halting="none"))
-    with pytest.raises(ValueError, match="halting is 'none'; it must be 'act'"):
-        halting_matrix(model, random_ids(model.config, 1, 4))
+def test_running_counts_those_that_have_not_stopped() -> None:
+    model = tiny_model(mythos_tiny().replace(halting="settled"))
+    report = halting_matrix(model, random_ids(model.config, 3, 7), 12)
+    exits = torch.tensor(report.exit_loops)
+    assert report.probabilities is None
+    assert len(report.running) == int(exits.max())
+    for t, row in enumerate(report.running):
+        assert row == pytest.approx([float((exits[:, i] > t).float().mean()) for i in range(7)])
+
+
+@pytest.mark.parametrize("halting", ["settled", "none"])
+def test_the_same_weights_under_another_rule(halting: Literal["settled", "none"]) -> None:
+    """And nothing is shared: the copy may be trained."""
+    model = tiny_model(mythos_tiny())
+    ids = random_ids(model.config, 2, 5)
+    copy = under_halting(model, halting)
+    expected = OpenMythos(model.config.replace(halting=halting)).eval()
+    expected.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(copy(ids, 5), expected(ids, 5))
+        next(copy.parameters()).zero_()
+    assert bool(next(model.parameters()).any())
+    assert halting_matrix(under_halting(model, "none"), ids, 5).mean_exit == 5
 
 
 def test_load_counts_every_slot_of_every_active_position() -> None:

@@ -3,7 +3,7 @@
 from open_mythos.analysis.depth_law import DepthLaw, fit_depth_law, fit_depth_laws
 from open_mythos.analysis.depth_sweep import SweepRow, depth_sweep
 from open_mythos.analysis.finite import NonFiniteError, check_finite, non_finite_weights
-from open_mythos.analysis.halting import HaltingReport, halting_matrix
+from open_mythos.analysis.halting import HaltingReport, halting_matrix, under_halting
 from open_mythos.analysis.jacobian import jacobian_norm, jacobian_spectral_radius
 from open_mythos.analysis.kv_memory import KVCacheComparison, compare_kv_cache, kv_cache_bytes
 from open_mythos.analysis.memory_plan import MemoryPlan, plan_inference, plan_training
@@ -35,4 +35,5 @@ __all__ = [
     "plan_training",
     "spectrum",
     "stability",
+    "under_halting",
 ]

@@ -1,11 +1,12 @@
 """When positions stop.
 
-Main entry: `halting_matrix`.
+Main entries: `halting_matrix`, `under_halting`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,10 +17,13 @@ from open_mythos.model.mythos import OpenMythos
 
 @dataclass(frozen=True)
 class HaltingReport:
-    """The halting probabilities of one forward pass and the loops at which positions stopped."""
+    """The loops at which positions stopped in one forward pass, and the halting probabilities if there are any."""
 
-    probabilities: tuple[tuple[float, ...], ...]
-    """Loops x positions, the mean over the batch; where all have halted, the probability they halted with."""
+    running: tuple[tuple[float, ...], ...]
+    """Loops x positions: the share of sequences whose position runs that loop; loops that nobody runs are left out."""
+    probabilities: tuple[tuple[float, ...], ...] | None
+    """Loops x positions, the mean over the batch; where all have halted, the probability they halted with. None where
+    the model has no halting head."""
     exit_loops: tuple[tuple[int, ...], ...]
     """Sequences x positions: how many loops each position ran."""
     n_loops: int
@@ -39,18 +43,26 @@ class HaltingReport:
 
 @torch.no_grad()
 def halting_matrix(model: OpenMythos, ids: Tensor, n_loops: int | None = None) -> HaltingReport:
-    """Halting of ids (batch, seq) within `n_loops` loops, by default `max_loop_iters`.
-
-    Raises `ValueError` if the model was built without halting.
-    """
-    if model.recurrent.act is None:
-        raise ValueError(
-            f"halting is {model.config.halting!r}; it must be 'act' for a model to have halting probabilities"
-        )
+    """Halting of ids (batch, seq) within `n_loops` loops, by default `max_loop_iters`."""
     with evaluating(model.modules()):
         output = model(ids, n_loops, full_output=True)
+    exits, probabilities = output.exit_loops, output.halting_probabilities
+    running = exits > torch.arange(int(exits.max()), device=exits.device).view(-1, 1, 1)
     return HaltingReport(
-        probabilities=tuple(map(tuple, output.halting_probabilities.float().mean(1).tolist())),
-        exit_loops=tuple(map(tuple, output.exit_loops.tolist())),
+        running=tuple(map(tuple, running.float().mean(1).tolist())),
+        probabilities=None if probabilities is None else tuple(map(tuple, probabilities.float().mean(1).tolist())),
+        exit_loops=tuple(map(tuple, exits.tolist())),
         n_loops=model.config.max_loop_iters if n_loops is None else n_loops,
     )
+
+
+def under_halting(model: OpenMythos, halting: Literal["settled", "none"], tolerance: float = 0.1) -> OpenMythos:
+    """A copy of the model, in evaluation mode, that halts by another rule, one which has no weights of its own.
+
+    `tolerance` is the config's `settle_tolerance`.
+    """
+    with torch.random.fork_rng(devices=[]):  # the first weights, soon overwritten, are drawn at random
+        copy = OpenMythos(model.config.replace(halting=halting, settle_tolerance=tolerance)).to(model.embed.weight)
+    weights = {name: x for name, x in model.state_dict().items() if not name.startswith("recurrent.act.")}
+    copy.load_state_dict(weights)
+    return copy.eval()

@@ -151,12 +151,12 @@ def depth_sweep(
 
 
 def halting(report: HaltingReport) -> Figure:
-    """Halting probabilities, loops by positions, and the exit loop of every position over them."""
-    matrix = report.probabilities
+    """Who still runs, loops by positions, and the exit loop of every position over it."""
+    matrix = report.running
     figure = _figure(8, 1.8 + 0.22 * min(len(matrix), 16))
     axes = figure.subplots()
-    image = axes.imshow(matrix, aspect="auto", cmap="cividis", vmin=0, origin="lower", extent=_cells(matrix))
-    figure.colorbar(image, ax=axes, label="halting probability", pad=0.02)
+    image = axes.imshow(matrix, aspect="auto", cmap="cividis", vmin=0, vmax=1, origin="lower", extent=_cells(matrix))
+    figure.colorbar(image, ax=axes, label="share of sequences still looping", pad=0.02)
     positions = range(len(matrix[0]))
     axes.step(positions, report.mean_exit_by_position, where="mid", color="white", linewidth=3.5)
     axes.step(positions, report.mean_exit_by_position, where="mid", color=_RED, linewidth=2)
