@@ -227,11 +227,11 @@ def extrapolation(recipe: TourRecipe, model: OpenMythos) -> Part:
 
 def halting(recipe: TourRecipe, model: OpenMythos) -> Part:
     """Part 7: where each position stops."""
-    length, most = recipe.sweep_lengths[len(recipe.sweep_lengths) // 2], 2 * recipe.model.max_loop_iters
+    length, most = recipe.sweep_lengths[len(recipe.sweep_lengths) // 2], recipe.model.max_loop_iters
     ids, targets, _ = recipe.task.batch(64, length, torch.Generator().manual_seed(recipe.seed + 3))
     settling = under_halting(model, "settled", _TOLERANCE)
     report = halting_matrix(settling, ids, most)
-    fixed = depth_sweep(under_halting(model, "none"), (ids, targets), range(1, recipe.model.max_loop_iters + 1))
+    fixed = depth_sweep(under_halting(model, "none"), (ids, targets), range(1, most + 1))
     with torch.no_grad():
         accuracy = float((settling(ids, most).argmax(-1) == targets).float().mean())
     enough = next((row for row in fixed if (row["accuracy"] or 0.0) >= accuracy - 0.001), fixed[-1])
