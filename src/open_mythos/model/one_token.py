@@ -23,7 +23,7 @@ from open_mythos.model.latent_attention import MLAttention
 from open_mythos.model.norm import RMSNorm
 from open_mythos.model.one_token_attention import OneTokenGQA, OneTokenMLA
 from open_mythos.model.router import route_few
-from open_mythos.model.vectors import Buffer, Norm, Product, add_product, as_array, multiply
+from open_mythos.model.vectors import Array, Buffer, Norm, Product, add_product, as_array, multiply
 
 _KNOWN = {Block, GQAttention, MLAttention, MoEFFN, SwiGLU, RMSNorm, nn.Linear, nn.Dropout}
 
@@ -66,13 +66,13 @@ class OneTokenBlock:
     def __call__(self, x: Tensor, context: ForwardContext, address: CacheAddress) -> Tensor:
         """(n, 1, dim) or (1, n, dim) to the same shape."""
         out = x.clone()
-        stream = out.view(-1, out.shape[-1])
-        array = stream.numpy()
+        rows = out.view(-1, out.shape[-1])
+        array, stream = rows.numpy(), rows[0] if len(rows) == 1 else rows
         heads = self._attn(self._attn_norm(array), context, address)
         add_product(stream, heads, self._out, self._scale)
         normed = self._ffn_norm(array)
         if self._experts is not None:
-            self._experts.add_to(stream, normed, self._scale)
+            self._experts.add_to(array, self._ffn_norm, self._scale)
         if self._dense is not None:
             self._dense.add_to(stream, normed, self._scale)
         return out
@@ -86,7 +86,7 @@ class _Dense:
         self._down = ffn.down.weight.detach()
 
     def add_to(self, stream: Tensor, normed: Tensor, scale: float) -> None:
-        """Add `scale` times the layer's output for `normed` to `stream`, both (n, dim), in place."""
+        """Add `scale` times the layer's output for `normed` to `stream`, both (n, dim) or (dim,), in place."""
         self._gate(normed)
         up = self._up(normed)
         F.silu(self._gate.tensor, inplace=True)
@@ -105,23 +105,23 @@ class _Experts:
         self._rows, self._out = Buffer(slots, dim), Buffer(slots, dim)
         self._gate, self._up = Buffer(slots, hidden), Buffer(slots, hidden)
 
-    def add_to(self, stream: Tensor, normed: Tensor, scale: float) -> None:
-        """Add `scale` times the experts' output for `normed` to `stream`, both (n, dim), in place."""
+    def add_to(self, stream: Array, normed: Buffer, scale: float) -> None:
+        """Add `scale` times the experts' output for `normed` (n, dim) to `stream` (n, dim), in place."""
         moe = self._moe
-        experts, weights = route_few(self._router(normed), self._bias, moe.topk, moe.score, moe.scale)
+        experts, weights = route_few(self._router(normed.tensor), self._bias, moe.topk, moe.score, moe.scale)
         order = experts.ravel().argsort(kind="stable")
-        np.take(normed.numpy(), order // moe.topk, 0, self._rows.array)
+        np.take(normed.array, order // moe.topk, 0, self._rows.array)
         runs = list(_runs(experts.ravel()[order].tolist()))
         for expert, slots in runs:
-            multiply(self._rows.tensor[slots], self._gates[expert], self._gate.tensor[slots])
-            multiply(self._rows.tensor[slots], self._ups[expert], self._up.tensor[slots])
+            rows = self._rows.part(slots)
+            multiply(rows, self._gates[expert], self._gate.part(slots))
+            multiply(rows, self._ups[expert], self._up.part(slots))
         F.silu(self._gate.tensor, inplace=True)
         np.multiply(self._gate.array, self._up.array, out=self._gate.array)
         self._gate.array *= (scale * weights.ravel()[order])[:, None]
         for expert, slots in runs:
-            multiply(self._gate.tensor[slots], self._downs[expert], self._out.tensor[slots])
-        array = stream.numpy()
-        array += self._out.array[order.argsort()].reshape(len(array), moe.topk, -1).sum(1)
+            multiply(self._gate.part(slots), self._downs[expert], self._out.part(slots))
+        stream += self._out.array[order.argsort()].reshape(len(stream), moe.topk, -1).sum(1)
 
 
 def _runs(sorted_experts: list[int]) -> Iterator[tuple[int, slice]]:

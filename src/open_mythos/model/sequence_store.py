@@ -19,13 +19,25 @@ from open_mythos.model.vectors import Array, as_array
 class _Slot:
     """Rows (batch, capacity, width) of one address, the first `filled` of them written."""
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, shapes: dict[str, tuple[int, ...]]) -> None:
         self.rows, self.filled = rows, 0
+        self._shapes = shapes
 
     @cached_property
     def array(self) -> Array:
         """The rows, for NumPy."""
         return as_array(self.rows)
+
+    @cached_property
+    def entries(self) -> dict[str, Array]:
+        """What lies in the rows, by name: (batch, capacity, width) or (heads, batch, capacity, width)."""
+        found, start = dict[str, Array](), 0
+        for name, shape in self._shapes.items():
+            end = start + prod(shape)
+            part = self.array[..., start:end]
+            found[name] = part.reshape(*part.shape[:2], *shape).transpose(2, 0, 1, 3) if len(shape) > 1 else part
+            start = end
+        return found
 
 
 class SequenceStore:
@@ -73,12 +85,7 @@ class SequenceStore:
         slot = self._slot(address)
         slot.array[:, self.length] = rows
         slot.filled = self.length + 1
-        seen, start, entries = slot.array[:, first : slot.filled], 0, dict[str, Array]()
-        for (name, shape), size in zip(self._shapes.items(), self._sizes, strict=True):
-            part = seen[..., start : start + size]
-            entries[name] = part.reshape(*part.shape[:2], *shape).transpose(2, 0, 1, 3) if len(shape) > 1 else part
-            start += size
-        return entries
+        return {name: entry[..., first : slot.filled, :] for name, entry in slot.entries.items()}
 
     def commit(self, exit_loops: Tensor) -> None:
         """The pass has succeeded: its positions, which ran `exit_loops` (batch, new), now belong to the past."""
@@ -90,7 +97,7 @@ class SequenceStore:
         slot = self._slots.get(address)
         if slot is None:
             shape = (self._batch, self._capacity, sum(self._sizes))
-            slot = self._slots[address] = _Slot(self._like.new_empty(shape))
+            slot = self._slots[address] = _Slot(self._like.new_empty(shape), self._shapes)
         if slot.filled < self.length:
             missed = slice(slot.filled, self.length)
             slot.rows[:, missed] = self._slots[address._replace(loop=address.loop - 1)].rows[:, missed]

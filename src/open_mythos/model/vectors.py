@@ -28,15 +28,21 @@ class Seen(NamedTuple):
 
 
 class Buffer:
-    """The same float32 numbers (rows, width) as a tensor and as an array."""
+    """The same float32 numbers as an array (rows, width) and as a tensor of that shape; of one row, a vector."""
 
     def __init__(self, rows: int, width: int) -> None:
-        self.tensor = torch.empty(rows, width)
-        self.array: Array = self.tensor.numpy()
+        whole = torch.empty(rows, width)
+        self.array: Array = whole.numpy()
+        self.tensor = whole[0] if rows == 1 else whole
+        self._rows = list(whole)
+
+    def part(self, rows: slice) -> Tensor:
+        """Some of the rows; a single one as a vector."""
+        return self._rows[rows.start] if rows.stop - rows.start == 1 else self.tensor[rows]
 
 
 class Product(Buffer):
-    """What a matrix (width, dim) makes of rows (rows, dim), in the same memory every time."""
+    """What a matrix (width, dim) makes of a buffer's tensor, in the same memory every time."""
 
     def __init__(self, weight: Tensor, rows: int) -> None:
         super().__init__(rows, weight.shape[0])
@@ -62,17 +68,17 @@ class Norm(Buffer):
 
 
 def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Write `x @ weight.T` to `out`, for x (rows, dim) and a weight (width, dim)."""
-    if x.shape[0] == 1:
-        torch.mv(weight, x[0], out=out[0])
+    """Write `x @ weight.T` to `out`, for x (rows, dim) or (dim,) and a weight (width, dim)."""
+    if x.dim() == 1:
+        torch.mv(weight, x, out=out)
     else:
         torch.mm(x, weight.mT, out=out)
 
 
 def add_product(stream: Tensor, x: Tensor, weight: Tensor, scale: float) -> None:
-    """Add `scale * x @ weight.T` to `stream`, for x (rows, dim) and a weight (width, dim)."""
-    if x.shape[0] == 1:
-        stream[0].addmv_(weight, x[0], alpha=scale)
+    """Add `scale * x @ weight.T` to `stream`, for x (rows, dim) or (dim,) and a weight (width, dim)."""
+    if x.dim() == 1:
+        stream.addmv_(weight, x, alpha=scale)
     else:
         stream.addmm_(x, weight.mT, alpha=scale)
 
