@@ -58,13 +58,19 @@ class Norm(Buffer):
 
     def __init__(self, norm: RMSNorm, rows: int) -> None:
         super().__init__(rows, norm.weight.shape[0])
-        self._gain, self._eps = as_array(norm.weight), np.float32(norm.eps)
+        self._gain, self._eps = as_array(norm.weight), norm.eps
 
     def __call__(self, x: Array) -> Tensor:
-        mean_square = np.vecdot(x, x) / np.float32(x.shape[-1])
         np.multiply(x, self._gain, out=self.array)
-        np.divide(self.array, np.sqrt(mean_square + self._eps)[:, None], out=self.array)
+        np.multiply(self.array, self._reciprocal_rms(x), out=self.array)
         return self.tensor
+
+    def _reciprocal_rms(self, x: Array) -> np.float32 | Array:
+        dim = x.shape[-1]
+        if len(x) == 1:  # as a Python number: for one, an array's operations cost three times as much
+            return np.float32((float(x[0].dot(x[0])) / dim + self._eps) ** -0.5)
+        scale: Array = (np.vecdot(x, x)[:, None] / np.float32(dim) + np.float32(self._eps)) ** np.float32(-0.5)
+        return scale
 
 
 def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
