@@ -89,7 +89,7 @@ def changes(run: TaskRun) -> dict[str, Change]:
 
 def main() -> None:
     parser = options(__doc__, seeds="0,1")
-    parser.add_argument("--changes", nargs="+", help="Rows whose names begin so; by default all.")
+    parser.add_argument("--changes", nargs="+", default=[""], help="Rows whose names begin so; by default all.")
     chosen = parser.parse_args()
     base = altered(recipe(chosen.recipe), BASES.get(chosen.recipe, {}))
     if chosen.steps:
@@ -97,7 +97,7 @@ def main() -> None:
     lengths, loops = base.sweep_lengths or (), base.sweep_loops or ()
     print_headings("change", "seed", "s", "loss", *(f"{length} at {n}" for length in lengths for n in loops))
     for name, change in changes(base).items():
-        if not name.startswith(tuple(chosen.changes or [""])):
+        if not name.startswith(tuple(chosen.changes)):
             continue
         for seed in chosen.seeds:
             run = altered(base, change.run, {"training": {"seed": seed}})

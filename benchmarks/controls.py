@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from from_recipe import Figures, altered, cell, most_loops, options, print_headings, print_row, recipe, trained
+from from_recipe import altered, cell, most_loops, options, print_headings, print_row, recipe, trained
+from open_mythos.analysis.depth_sweep import SweepRow
 from open_mythos.recipes.run_config import TaskRun
 
 LOOPS = 64
@@ -30,48 +31,34 @@ def nets(run: TaskRun) -> dict[str, dict[str, Any]]:
     return found
 
 
-def of_all_seeds(run: TaskRun, seeds: list[int], rates: list[float], problems: int) -> tuple[float, dict[int, Figures]]:
-    """The learning rate that serves all seeds, and the figures of each."""
-
-    def figures(seed: int, rate: float) -> Figures:
-        return trained(altered(run, {"training": {"seed": seed, "optim": {"learning_rate": rate}}}), problems)
-
-    tried: dict[float, Figures] = {}
-    for rate in rates:
-        tried[rate] = figures(seeds[0], rate)
-        if tried[rate].rows[0]["exact_match"] == 1:
-            break
-    best = max(tried, key=lambda rate: tried[rate].rows[0]["accuracy"] or 0.0)
-    return best, {seeds[0]: tried[best]} | {seed: figures(seed, best) for seed in seeds[1:]}
-
-
 def main() -> None:
     parser = options(__doc__, seeds="0,1,2")
-    parser.add_argument("--nets", nargs="+", help="Those whose names begin so; by default all.")
-    parser.add_argument(
-        "--factors", nargs="+", type=float, default=[1, 0.5, 0.25], help="On the learning rate, in turn."
-    )
+    parser.add_argument("--nets", nargs="+", default=[""], help="Those whose names begin so; by default all.")
+    parser.add_argument("--factors", nargs="+", type=float, default=[1, 2, 0.5], help="On the recipe's rate, in turn.")
     chosen = parser.parse_args()
-    run = recipe(chosen.recipe)
-    steps = chosen.steps or run.training.steps
-    lengths = sorted({run.longest, 2 * run.longest, max(run.sweep_lengths or (1,))})
-    rates = [factor * run.training.optim.learning_rate for factor in chosen.factors]
+    base = recipe(chosen.recipe)
+    lengths = sorted({base.longest, 2 * base.longest, max(base.sweep_lengths or (1,))})
+    base = altered(base, {"sweep_lengths": lengths, "training": {"steps": chosen.steps or base.training.steps}})
     print_headings("net", "parameters", "rate", "seed", "s", "loss", *(f"length {length}" for length in lengths))
-    for name, changes in nets(run).items():
-        if not name.startswith(tuple(chosen.nets or [""])):
-            continue
-        net = altered(run, changes, {"training": {"steps": steps}, "sweep_lengths": lengths})
-        rate, found = of_all_seeds(net, chosen.seeds, rates, chosen.problems)
-        for seed, figures in sorted(found.items(), key=lambda item: item[1].rows[-1]["accuracy"] or 0):
-            about = (
-                name,
-                f"{figures.parameters:,}",
-                f"{rate:g}",
-                seed,
-                f"{figures.seconds:.0f}",
-                f"{figures.loss:.4f}",
-            )
-            print_row(*about, *map(cell, figures.rows))
+
+    def measured(name: str, rate: float, seed: int) -> SweepRow:
+        """The row of the trained length, once the net has been trained and its figures are printed."""
+        run = altered(base, nets(base)[name], {"training": {"seed": seed, "optim": {"learning_rate": rate}}})
+        parameters, seconds, loss, rows = trained(run, chosen.problems)
+        print_row(name, f"{parameters:,}", f"{rate:g}", seed, f"{seconds:.0f}", f"{loss:.4f}", *map(cell, rows))
+        return rows[0]
+
+    first, *others = chosen.seeds
+    for name in filter(lambda name: name.startswith(tuple(chosen.nets)), nets(base)):
+        accuracies: dict[float, float] = {}
+        for factor in chosen.factors:
+            rate = factor * base.training.optim.learning_rate
+            row = measured(name, rate, first)
+            accuracies[rate] = row["accuracy"] or 0.0
+            if row["exact_match"] == 1:
+                break
+        for seed in others:
+            measured(name, max(accuracies, key=accuracies.__getitem__), seed)
 
 
 if __name__ == "__main__":
