@@ -18,7 +18,7 @@ BASES: dict[str, dict[str, Any]] = {
         "model": {"n_experts": 0, "halting": "none"},
         "training": {"steps": 400},
         "sweep_lengths": [24, 96],
-        "sweep_loops": [6, 12, 32, 128],
+        "sweep_loops": [4, 6, 12, 32, 128],
     },
     "addition": {"sweep_loops": [6, 12, 64]},
 }
