@@ -81,9 +81,8 @@ def changes(run: TaskRun) -> dict[str, Change]:
     rows = {name: Change(change) for name, change in fields.items() if not change or altered(run, change) != run}
     rows["no carry (A = 0.0001)"] = Change({}, no_carry)
     rows["no prelude norm"] = Change({}, no_prelude_norm)
-    for weight in (0.1, 1.0):
-        penalty = {"training": {"ponder_weight": weight}}
-        rows[f"{weight:g} times the next loop's move in the loss"] = Change(penalty, distance_as_ponder_cost)
+    penalty = {"training": {"ponder_weight": 1.0}}
+    rows["the next loop's move in the loss"] = Change(penalty, distance_as_ponder_cost)
     return rows
 
 

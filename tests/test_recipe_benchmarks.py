@@ -25,7 +25,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     ("script", "words", "says"),
     [
         ("controls", ["addition", "--nets", "once", "--seeds", "0,1", "--factors", "1"], "once, full attention"),
-        ("ablation", ["addition", "--changes", "no carry", "1 times the next loop's move"], "no carry"),
+        ("ablation", ["addition", "--changes", "no carry", "the next loop's move"], "no carry"),
     ],
 )
 @pytest.mark.usefixtures("one_thread")
