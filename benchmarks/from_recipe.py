@@ -65,7 +65,7 @@ def needed_loops(run: TaskRun) -> int:
 
 
 def most_loops(run: TaskRun) -> int:
-    """The most loops that a sequence runs in training; of a thousand, one will."""
+    """The most loops of a thousand of the longest problems, as training draws them."""
     asked = Asked(1000, 1.0, torch.full((1000,), needed_loops(run)))
     return int(run.depth.draw(asked, torch.Generator().manual_seed(0)).n_loops.max())
 
@@ -91,7 +91,7 @@ def options(description: str | None, *, seeds: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--seeds", type=integers, default=integers(seeds))
-    parser.add_argument("--steps", type=int, help="Others than the recipe's.")
+    parser.add_argument("--steps", type=int, help="In place of the recipe's.")
     parser.add_argument("--problems", type=int, default=256, help="Held out, of each length.")
     return parser
 
