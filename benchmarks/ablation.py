@@ -1,0 +1,108 @@
+"""A task's recipe with one thing changed at a time: python benchmarks/ablation.py RECIPE [--changes NAME ...]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from from_recipe import altered, cell, most_loops, needed_loops, options, print_headings, print_row, recipe, trained
+from open_mythos import OpenMythos
+from open_mythos.model.context import ForwardContext
+from open_mythos.model.recurrent import LoopResult, RecurrentBlock
+from open_mythos.recipes.run_config import TaskRun
+
+BASES: dict[str, dict[str, Any]] = {
+    "parity": {
+        "model": {"n_experts": 0, "halting": "none"},
+        "training": {"steps": 400},
+        "sweep_lengths": [24, 96],
+        "sweep_loops": [4, 6, 12, 32, 128],
+    },
+    "addition": {"sweep_loops": [6, 12, 64]},
+}
+"""What each recipe is before anything is changed, and where it is measured."""
+
+
+class Change(NamedTuple):
+    """What a row changes: fields of the run, then the model that it builds."""
+
+    run: dict[str, Any]
+    model: Callable[[OpenMythos], None] | None = None
+
+
+def no_carry(model: OpenMythos) -> None:
+    """A stays at its lower bound."""
+    injection = model.recurrent.injection
+    nn.init.constant_(injection.log_a.requires_grad_(False), 9.0)
+    injection.log_dt.requires_grad_(False)
+
+
+def no_prelude_norm(model: OpenMythos) -> None:
+    """What the prelude writes enters the loops as it is."""
+    model.prelude_norm = nn.Identity()  # type: ignore[assignment]
+
+
+def distance_as_ponder_cost(model: OpenMythos) -> None:
+    """In place of the ponder cost, how far one loop more would move the last state: mean square over channels."""
+
+    def measured(block: RecurrentBlock, given: tuple[Tensor, Tensor, ForwardContext], result: LoopResult) -> LoopResult:
+        e, n_loops, context = given
+        moved = block.step(result.state, e, int(n_loops.max()), context) - result.state
+        return result._replace(ponder_cost=moved.square().mean())
+
+    model.recurrent.register_forward_hook(measured)
+
+
+def changes(run: TaskRun) -> dict[str, Change]:
+    """Every row by its name."""
+    needed, most, window = needed_loops(run), most_loops(run), run.model.loop_reach
+    assert window is not None, "recipes of tasks have a window"
+    fields: dict[str, dict[str, Any]] = {
+        "the base": {},
+        "no attention sink": {"model": {"attention_sink": False}},
+        "recurrent window: none (full)": {"model": {"window": None}},
+        "no rotary positions": {"model": {"use_rope": False}},
+        f"one recurrent layer, window {2 * window - 1}": {"model": {"recurrent_layers": 1, "window": 2 * window - 1}},
+        "loop embedding": {"model": {"loop_embedding": True}},
+        "depth adapter of rank 4": {"model": {"lora_rank": 4}},
+        "four experts": {"model": {"n_experts": 4, "expert_dim": 32}},
+        "halting": {"model": {"halting": "act"}},
+        "no halting": {"model": {"halting": "none"}},
+        f"plan `fixed`, {needed}": {"depth": {"name": "fixed", "loops": needed}},
+        f"plan `uniform`, 1 to {most}": {"depth": {"name": "uniform", "least": 1, "most": most}},
+        "`difficulty` without extra": {"depth": {"extra": 0}},
+        "gradients through the last loop": {"depth": {"grad_loops": 1}},
+        "gradients through the last 2 loops": {"depth": {"grad_loops": 2}},
+        "state starts at zeros": {"model": {"state_init": "zeros"}},
+        "state starts at the encoded input": {"model": {"state_init": "input"}},
+    }
+    rows = {name: Change(change) for name, change in fields.items() if not change or altered(run, change) != run}
+    rows["no carry (A = 0.0001)"] = Change({}, no_carry)
+    rows["no prelude norm"] = Change({}, no_prelude_norm)
+    penalty = {"training": {"ponder_weight": 1.0}}
+    rows["the next loop's move in the loss"] = Change(penalty, distance_as_ponder_cost)
+    return rows
+
+
+def main() -> None:
+    parser = options(__doc__, seeds="0,1")
+    parser.add_argument("--changes", nargs="+", default=[""], help="Rows whose names begin so; by default all.")
+    chosen = parser.parse_args()
+    base = altered(recipe(chosen.recipe), BASES.get(chosen.recipe, {}))
+    if chosen.steps:
+        base = altered(base, {"training": {"steps": chosen.steps}})
+    lengths, loops = base.sweep_lengths or (), base.sweep_loops or ()
+    print_headings("change", "seed", "s", "loss", *(f"{length} at {n}" for length in lengths for n in loops))
+    for name, change in changes(base).items():
+        if not name.startswith(tuple(chosen.changes)):
+            continue
+        for seed in chosen.seeds:
+            run = altered(base, change.run, {"training": {"seed": seed}})
+            figures = trained(run, chosen.problems, change.model)
+            print_row(name, seed, f"{figures.seconds:.0f}", f"{figures.loss:.4f}", *map(cell, figures.rows))
+
+
+if __name__ == "__main__":
+    main()
