@@ -66,9 +66,14 @@ class PagedCache:
             raise ValueError(f"cache_bytes is {cache_bytes}; it must be at least one page, {layout.page_bytes}")
         self.layout = layout
         self.pages = PageAllocator(cache_bytes // layout.page_bytes)
-        n_rows = self.pages.n_pages * layout.page_rows
+        n_rows = self.pages.n_pages * layout.page_rows + max(layout.loop_width, layout.outer_width)
         # Heads first: what is read of a head then lies in one piece, as a product over keys wants it.
         self._entries = {name: like.new_zeros(*shape[:-1], n_rows, shape[-1]) for name, shape in layout.shapes.items()}
+
+    @property
+    def spare_row(self) -> int:
+        """Where an entry of any kind may be written that nobody is to read."""
+        return self.pages.n_pages * self.layout.page_rows
 
     @cached_property
     def _arrays(self) -> dict[str, Array]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from open_mythos.data.tokenizer import TextTokenizer
 from open_mythos.inference.cache import CacheLayout, PagedCache, RowTable
+from open_mythos.inference.compiled import CompiledWaves
 from open_mythos.inference.decoded_text import DecodedText
 from open_mythos.inference.prefixes import Prefixes
 from open_mythos.inference.request import FinishReason, Output, Request, Turn
@@ -87,7 +88,8 @@ class Engine:
     A request is begun while the positions being computed, those of its prompt included, are at most
     `max_batch_tokens`; a prompt longer than that is computed when nothing else is. Pages that running requests do not
     need keep finished prompts, unless `reuse_prefixes` is False. `sharing` says which loops keep keys and values. With
-    a tokenizer, outputs and events have text, and requests may have stop strings.
+    a tokenizer, outputs and events have text, and requests may have stop strings. With `compiled`, what is not a prompt
+    goes through `CompiledWaves`.
     """
 
     def __init__(
@@ -99,12 +101,13 @@ class Engine:
         cache_bytes: int = 2**28,
         sharing: CacheSharing | None = None,
         reuse_prefixes: bool = True,
+        compiled: bool = False,
     ) -> None:
         self.model, self.tokenizer, self._modules = model, tokenizer, list(model.modules())
         layout = CacheLayout(model.config, model.embed.weight.element_size(), sharing or EveryLoop())
         self.cache = PagedCache(layout, cache_bytes, model.embed.weight)
         self.scheduler = Scheduler(max_batch_tokens, self.cache.pages.n_pages)
-        self.runner = Runner(model, self.cache)
+        self.runner = Runner(model, self.cache, CompiledWaves(model, self.cache) if compiled else None)
         self._exact = self.cache.layout.sharing == EveryLoop()
         self._prefixes = Prefixes(self.cache)
         self._reuses = reuse_prefixes and self._exact

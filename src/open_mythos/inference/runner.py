@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from open_mythos.inference.cache import PagedCache
+from open_mythos.inference.compiled import CompiledWaves, Stage
 from open_mythos.inference.exit import ExitRule, LoopView
 from open_mythos.inference.flight import Flight, Ints
 from open_mythos.inference.request import Request, Turn
 from open_mythos.inference.wave import Lane, WaveContext
-from open_mythos.model.context import Layer
+from open_mythos.model.context import ForwardContext, Layer
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.one_token import one_token_layers
 
@@ -36,10 +37,11 @@ class Failure(NamedTuple):
 class Runner:
     """Runs waves of requests through a model."""
 
-    def __init__(self, model: OpenMythos, cache: PagedCache) -> None:
+    def __init__(self, model: OpenMythos, cache: PagedCache, compiled: CompiledWaves | None = None) -> None:
+        """`compiled`, if given, computes waves of single positions."""
         if model.config.halting == "settled":  # whether others move is not known where each has its own loop
             raise ValueError("halting is 'settled'; the engine takes models with halting 'act' or 'none'")
-        self.model, self.cache = model, cache
+        self.model, self.cache, self._compiled = model, cache, compiled
         self._like = model.embed.weight
         self.flight = Flight(model.config.dim, self._like)
         self._constants: dict[Hashable, Tensor] = {}
@@ -55,7 +57,7 @@ class Runner:
         places = [np.arange(r.encoded, len(r.tokens)) for r in requests]
         lanes = [Lane(r.table, r.encoded if len(at) == 1 else at, None) for r, at in zip(requests, places, strict=True)]
         ids = torch.tensor([[token for r in requests for token in r.pending]], device=self._like.device)
-        e = self.model.encode(ids, self._context(lanes))
+        e = self._run(_encode, lanes, ids)
         h = self.model.recurrent.initial_state(e)
         counts = [len(at) for at in places]
         owner, most = np.array([r.index for r in requests]), np.array([r.n_loops for r in requests])
@@ -78,7 +80,7 @@ class Runner:
         h, e = _of(flight.h, index), _of(flight.e, index)
         t = self._there(flight.loop[lines])
         own_index = int(flight.loop[lines[0]]) if len(lines) == 1 else t.view(1, -1, 1)
-        new = self.model.recurrent.step(h[None], e[None], 0, self._context(lanes), own_index=own_index)[0]
+        new = self._run(_loop, lanes, h[None], e[None], own_index)[0]
         failures = self._settle(requests, lines, index, t, h, new)
         flight.loop[lines] += 1
         return failures
@@ -94,7 +96,7 @@ class Runner:
             positions = flight.position[own.start : own.stop]
             lanes.append(Lane(request.table, int(positions[0]) if len(own) == 1 else positions, None))
         states = self._outputs()[self._there(lines)]
-        features = self.model.features(states[None], self._context(lanes, place=False))[0]
+        features = self._run(_features, lanes, states[None], place=False)[0]
         last = np.cumsum([len(turn.lines) for turn in ordered]) - 1
         return linear(features[self._there(last[np.argsort(order)])], self.model.head_weight)
 
@@ -160,17 +162,35 @@ class Runner:
             flight.memory[rule] = {name: _scatter(kept.get(name), mine, x, len(flight)) for name, x in memory.items()}
         return failures
 
-    def _context(self, lanes: Sequence[Lane], *, place: bool = True) -> WaveContext:
-        context = WaveContext(self.model.config, self.cache, lanes, self._like, self._constants, place=place)
-        n = context.n_new
-        if n == len(lanes) <= _FEW_LANES and all(isinstance(lane.positions, int) for lane in lanes):
+    def _run(self, stage: Stage, lanes: Sequence[Lane], *inputs: Tensor | int, place: bool = True) -> Tensor:
+        """One stage for the positions of lanes; with `place`, these get new rows for what the layers keep of them."""
+        if place:
+            for table, positions, loop in lanes:
+                table.place(loop, positions)
+        single, n = all(isinstance(lane.positions, int) for lane in lanes), len(lanes)
+        if single and self._compiled is not None:
+            return self._compiled(stage, lanes, inputs)
+        context = WaveContext(self.model.config, self.cache, lanes, self._like, self._constants)
+        if single and n <= _FEW_LANES:
             if n not in self._one_token:
                 self._one_token[n] = one_token_layers(self.model.blocks(), n)
             context.one_token = self._one_token[n]
-        return context
+        return stage(self.model, context, *inputs)
 
     def _there(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._like.device)
+
+
+def _encode(model: OpenMythos, context: ForwardContext, ids: Tensor) -> Tensor:
+    return model.encode(ids, context)
+
+
+def _loop(model: OpenMythos, context: ForwardContext, h: Tensor, e: Tensor, own_index: int | Tensor) -> Tensor:
+    return model.recurrent.step(h, e, 0, context, own_index=own_index)
+
+
+def _features(model: OpenMythos, context: ForwardContext, states: Tensor) -> Tensor:
+    return model.features(states, context)
 
 
 def _of(x: Tensor, index: Tensor | None) -> Tensor:

@@ -48,10 +48,7 @@ class _Keys(NamedTuple):
 
 
 class WaveContext(ForwardContext):
-    """A `ForwardContext` over lanes, first those of one position, all in one stage.
-
-    With `place`, the lanes' positions get new rows for what the layers keep of them; otherwise they have them.
-    """
+    """A `ForwardContext` over lanes, first those of one position, all in one stage; their rows are placed."""
 
     def __init__(
         self,
@@ -60,12 +57,7 @@ class WaveContext(ForwardContext):
         lanes: Sequence[Lane],
         like: Tensor,
         constants: dict[Hashable, Tensor],
-        *,
-        place: bool = True,
     ) -> None:
-        if place:
-            for table, positions, loop in lanes:
-                table.place(loop, positions)
         n_positions = sum(1 if isinstance(at, int) else len(at) for _, at, _ in lanes)
         super().__init__(config, n_positions, like.device, like.dtype, constants=constants)
         self._window = config.outer_reach if lanes[0].loop is None else config.loop_reach

@@ -10,6 +10,6 @@ def elementary_only() -> bool:
     """True inside `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`, PyTorch's own way to ask for plain operations.
 
     Within that context every part of the model is a composition of elementary operations, so `torch.func.jvp` and
-    double backward work; outside it the fused kernels are used.
+    double backward work; outside it the fused kernels are used. `torch.compile` cannot see that context.
     """
-    return not torch.backends.cuda.flash_sdp_enabled()
+    return not torch.compiler.is_compiling() and not torch.backends.cuda.flash_sdp_enabled()

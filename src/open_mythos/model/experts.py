@@ -57,7 +57,10 @@ class MoEFFN(nn.Module):
         """(..., dim) to (..., dim); `routing` is what `route` found for x, if the caller has asked already."""
         flat = x.reshape(-1, x.shape[-1])
         routing = routing or self.route(flat)
-        out = self._all_experts(flat, routing) if self._all_is_better(flat) else self._grouped(flat, routing)
+        if torch.compiler.is_compiling() and routing.experts.numel() < self.n_experts:
+            out = self._each_its_own(flat, routing)
+        else:
+            out = self._all_experts(flat, routing) if self._all_is_better(flat) else self._grouped(flat, routing)
         if self.shared is not None:
             out = out + self.shared(flat)
         return out.view_as(x)
@@ -79,9 +82,18 @@ class MoEFFN(nn.Module):
 
     def _all_is_better(self, x: Tensor) -> bool:
         """With few experts one wide product beats sorting; it is also the form that any derivative goes through."""
-        sizes = (x.shape[-1], self.down.shape[1])
-        aligned = all(size * _product_dtype(x).itemsize % 16 == 0 for size in sizes)  # grouped_mm's rule
-        return self.n_experts <= 2 * self.topk or not aligned or elementary_only()
+        sizes, dtype = (x.shape[-1], self.down.shape[1]), _product_dtype(x)
+        grouped = all(size * dtype.itemsize % 16 == 0 for size in sizes)  # grouped_mm's rule
+        if torch.compiler.is_compiling():
+            grouped = grouped and dtype == torch.bfloat16  # its rule for being traced
+        return self.n_experts <= 2 * self.topk or not grouped or elementary_only()
+
+    def _each_its_own(self, x: Tensor, routing: Routing) -> Tensor:
+        """Every token's experts, one weight at a time: compiled, these are read where they lie, and no others."""
+        rows = x[:, None, None]
+        hidden = F.silu((self.gate[routing.experts] * rows).sum(-1)) * (self.up[routing.experts] * rows).sum(-1)
+        weighed = hidden * routing.weights.to(x.dtype).unsqueeze(-1)
+        return (self.down[routing.experts] * weighed.unsqueeze(-1)).sum((1, 2))
 
     def _all_experts(self, x: Tensor, routing: Routing) -> Tensor:
         """Every expert on every token, weighted by 0 where not chosen."""

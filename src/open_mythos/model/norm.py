@@ -29,7 +29,8 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """RMSNorm of `x` (..., dim); `weight` (dim,) scales the result, None leaves it at unit root mean square."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and not elementary_only():
+    fuses = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    if fuses and not elementary_only():
         if torch.is_grad_enabled():
             return _CpuRMSNorm.apply(x, weight, eps)
         return _scaled(x, _reciprocal_rms(x, eps), weight)
