@@ -84,6 +84,20 @@ def _engine(**changes) -> Engine:
     return Engine(tiny_model(tiny_config()), **{"cache_bytes": 2**20, **changes})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_lies_in_rows_that_nobody_wrote_does_no_harm(dtype: torch.dtype) -> None:
+    """A weight of 0 does not take a NaN away; float32 takes the layers for one token, float64 the general ones."""
+    model = tiny_model(tiny_config(halting="none")).to(dtype)
+    prompts, params = [[1, 2, 3, 4], [5], [6, 7]], SamplingParams(max_new_tokens=4, n_loops=2, logprobs=True)
+    expected = Engine(model, cache_bytes=2**20).generate(prompts, params)
+    engine = Engine(model, cache_bytes=2**20)
+    for entries in engine.cache._entries.values():
+        entries.fill_(float("nan"))
+    for output, other in zip(engine.generate(prompts, params), expected, strict=True):
+        assert output.token_ids == other.token_ids
+        assert output.logprobs == pytest.approx(other.logprobs)
+
+
 def test_streamed_events_are_the_outputs() -> None:
     engine = _engine()
     prompts, params = [[1, 2, 3], [4], [5, 6]], SamplingParams(max_new_tokens=4, n_loops=3, seed=2)

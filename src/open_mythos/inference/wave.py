@@ -135,7 +135,7 @@ class WaveContext(ForwardContext):
         """What lanes of one position read."""
         counts = [at + 1 if self._window is None else min(at + 1, self._window) for at, _ in self._singles]
         width = max(counts)
-        rows = np.zeros((len(counts), width), np.int64)
+        rows = np.tile(self._written_by_singles[:, None], width)  # a row of its own: what else there is may be NaN
         for line, (at, seen), count in zip(rows, self._singles, counts, strict=True):
             line[:count] = seen[at + 1 - count : at + 1]
         return _Keys(rows, None if min(counts) == width else np.arange(width) < np.array(counts)[:, None])
