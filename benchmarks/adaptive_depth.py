@@ -22,6 +22,7 @@ from torch import Tensor
 from open_mythos import OpenMythos
 from open_mythos.analysis import plots
 from open_mythos.analysis.depth_sweep import states_by_loop
+from open_mythos.analysis.halting import under_halting
 from open_mythos.data.batch import IGNORED
 from open_mythos.data.seeding import generator
 from open_mythos.data.tasks import TASKS, Task
@@ -68,7 +69,8 @@ def main() -> None:
     exits, fixed_loops = {}, {}
     for run in options.runs:
         problems = mixed(_task(run), options.problems, options.shortest, options.longest, options.seed)
-        adaptive, fixed = OpenMythos.from_pretrained(run), without_halting(run)
+        adaptive = OpenMythos.from_pretrained(run)
+        fixed = under_halting(adaptive, "none")
         with torch.inference_mode():
             halted = adaptive(problems.ids, problems.loops(options.most), full_output=True)
             accuracy = problems.accuracy(halted.logits)
@@ -106,14 +108,6 @@ def mixed(task: Task, size: int, shortest: int, longest: int, seed: int) -> Prob
     for length in range(longest, 0, -1):
         needed[: task.positions(length)] = task.loops(length)
     return Problems(ids, targets, torch.arange(width) < widths.unsqueeze(1), needed)
-
-
-def without_halting(run: Path) -> OpenMythos:
-    """The run's model with every loop run, whatever it has learned about halting."""
-    trained = OpenMythos.from_pretrained(run)
-    model = OpenMythos(trained.config.replace(halting="none")).eval()
-    model.load_state_dict({name: x for name, x in trained.state_dict().items() if "recurrent.act" not in name})
-    return model
 
 
 def fewest_loops(model: OpenMythos, problems: Problems, accuracy: float, most: int) -> tuple[int, float]:
