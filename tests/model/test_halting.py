@@ -215,3 +215,25 @@ def test_padding_may_be_given_one_loop(halting: str) -> None:
     assert found.exit_loops[0, 5:].eq(1).all()
     with pytest.raises(ValueError, match=r"n_loops .* must be an integer, or an integer tensor of shape \(2,\)$"):
         model(ids, loops, {})
+
+
+def test_what_is_not_finite_never_settles() -> None:
+    """Divergence is no rest: such positions, and all after them, run every loop."""
+    halting = SettledState(0.1, LoopBudget(torch.tensor([9]), torch.device("cpu")), torch.ones(1, 4, 3))
+    state = torch.ones(1, 4, 3)
+    state[0, 2] = float("nan")
+    for t in range(9):
+        halting.update(state, None, t)
+    assert halting.exit_loops.tolist() == [[2, 2, 9, 9]]
+
+
+def test_the_loops_of_earlier_positions_come_to_the_device_of_the_state() -> None:
+    """Loops are counted on the CPU."""
+    config = tiny_config(halting="settled")
+    with torch.device("meta"):
+        model = OpenMythos(config).eval()
+        e = torch.zeros(2, 3, config.dim)
+    loops = torch.tensor([4, 4])
+    halting = model.recurrent.accumulator(loops, e, reached=loops.unsqueeze(-1))
+    assert isinstance(halting, SettledState)
+    assert halting._settled(e, e, 1).shape == (2, 3)

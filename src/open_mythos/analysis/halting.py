@@ -59,7 +59,8 @@ def halting_matrix(model: OpenMythos, ids: Tensor, n_loops: int | None = None) -
 def under_halting(model: OpenMythos, halting: Literal["settled", "none"], tolerance: float = 0.1) -> OpenMythos:
     """A copy of the model, in evaluation mode, that halts by another rule, one which has no weights of its own.
 
-    `tolerance` is the config's `settle_tolerance`.
+    The coda reads each position's last state, where under "act" it reads a weighed mean. `tolerance` is the config's
+    `settle_tolerance`, for "settled".
     """
     with torch.random.fork_rng(devices=[]):  # the first weights, soon overwritten, are drawn at random
         copy = OpenMythos(model.config.replace(halting=halting, settle_tolerance=tolerance)).to(model.embed.weight)

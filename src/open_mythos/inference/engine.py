@@ -103,6 +103,8 @@ class Engine:
         reuse_prefixes: bool = True,
         compiled: bool = False,
     ) -> None:
+        if model.config.halting == "settled":  # whether others move is not known where each has its own loop
+            raise ValueError("halting is 'settled'; the engine takes models with halting 'act' or 'none'")
         self.model, self.tokenizer, self._modules = model, tokenizer, list(model.modules())
         layout = CacheLayout(model.config, model.embed.weight.element_size(), sharing or EveryLoop())
         self.cache = PagedCache(layout, cache_bytes, model.embed.weight)

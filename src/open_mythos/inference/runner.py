@@ -23,6 +23,9 @@ from open_mythos.model.context import ForwardContext, Layer
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.one_token import one_token_layers
 
+# Layers for one token hold memory for the number of lanes that they were made for.
+_KEPT_LAYERS = 16
+
 # Up to here, on a CPU, a call's many small operations cost more than their arithmetic (docs/experiments.md).
 _FEW_LANES = 64
 
@@ -39,8 +42,6 @@ class Runner:
 
     def __init__(self, model: OpenMythos, cache: PagedCache, compiled: CompiledWaves | None = None) -> None:
         """`compiled`, if given, computes waves of single positions."""
-        if model.config.halting == "settled":  # whether others move is not known where each has its own loop
-            raise ValueError("halting is 'settled'; the engine takes models with halting 'act' or 'none'")
         self.model, self.cache, self._compiled = model, cache, compiled
         self._like = model.embed.weight
         self.flight = Flight(model.config.dim, self._like)
@@ -172,10 +173,18 @@ class Runner:
             return self._compiled(stage, lanes, inputs)
         context = WaveContext(self.model.config, self.cache, lanes, self._like, self._constants)
         if single and n <= _FEW_LANES:
-            if n not in self._one_token:
-                self._one_token[n] = one_token_layers(self.model.blocks(), n)
-            context.one_token = self._one_token[n]
+            context.one_token = self._layers_for(n)
         return stage(self.model, context, *inputs)
+
+    def _layers_for(self, n_lanes: int) -> dict[nn.Module, Layer]:
+        """What stands in for the blocks where as many requests have one position each; the last used are kept."""
+        layers = self._one_token.pop(n_lanes, None)
+        if layers is None:
+            layers = one_token_layers(self.model.blocks(), n_lanes)
+        self._one_token[n_lanes] = layers
+        if len(self._one_token) > _KEPT_LAYERS:
+            del self._one_token[next(iter(self._one_token))]
+        return layers
 
     def _there(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._like.device)

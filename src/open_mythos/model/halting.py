@@ -115,7 +115,6 @@ class LastState:
     """What `ACTAccumulator` is to a model with halting, for one without: the last loop's state is the output."""
 
     ponder_cost: Tensor
-    finished = False
 
     def __init__(self, budget: LoopBudget, like: Tensor) -> None:
         """`like` is a state (batch, seq, dim)."""
@@ -123,6 +122,11 @@ class LastState:
         self.output = like
         self.exit_loops = budget.n_loops.expand(self._shape)
         self.ponder_cost = like.new_zeros(())
+
+    @property
+    def finished(self) -> bool:
+        """Never before the loops are over."""
+        return False
 
     def active(self, t: int) -> Tensor | None:
         """(batch, seq), False where a sequence does not run loop t; None if all do."""
@@ -142,7 +146,9 @@ class SettledState(LastState):
     """Stops a position once a loop moves neither it nor any position before it by more than `tolerance` of its size.
 
     A position by itself may rest while information is still on its way to it. But attention is causal: the states up to
-    a position follow from one another alone. What a loop leaves all as it was, every further loop does.
+    a position follow from one another alone. Where every loop is the same function (no loop embedding, no adapter) and
+    leaves them exactly as they were, so does every further loop. A tolerance makes this a heuristic: states that creep
+    by less than it are stopped too early.
     """
 
     def __init__(self, tolerance: float, budget: LoopBudget, like: Tensor, reached: Tensor | None = None) -> None:
@@ -170,14 +176,14 @@ class SettledState(LastState):
                 self._going_on = ~settled if self._going_on is None else self._going_on & ~settled
 
     @property
-    def finished(self) -> bool:  # type: ignore[override]
+    def finished(self) -> bool:
         """Whether every position has halted."""
         return self._going_on is not None and not bool(self._going_on.any())
 
     def _settled(self, before: Tensor, h: Tensor, t: int) -> Tensor:
         """(batch, seq): whether loop t has moved no position up to this one; halted ones do not move."""
         size = torch.linalg.vector_norm(h, dim=-1)
-        moved = torch.linalg.vector_norm(h - before, dim=-1) > self.tolerance * size
+        moved = ~(torch.linalg.vector_norm(h - before, dim=-1) <= self.tolerance * size)  # what is NaN does not rest
         if self._reached is not None:
             moved = moved | (self._reached > t + 1)
         return moved.cummax(1).values.logical_not()

@@ -76,7 +76,8 @@ class RecurrentBlock(nn.Module):
         if self.act is not None:
             return ACTAccumulator(self.config.act_threshold, budget, e)
         if self.config.halting == "settled" and not self.training:
-            return SettledState(self.config.settle_tolerance, budget, e, reached)
+            before = None if reached is None else reached.to(e.device)
+            return SettledState(self.config.settle_tolerance, budget, e, before)
         return LastState(budget, e)
 
     def step(

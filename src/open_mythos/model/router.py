@@ -40,7 +40,10 @@ def route(logits: Tensor, bias: Tensor, top_k: int, score: str, scale: float) ->
 
 
 def route_few(logits: Array, bias: Array, top_k: int, score: str, scale: float) -> tuple[NDArray[np.int64], Array]:
-    """`route` for few tokens, in NumPy: experts and weights, both (tokens, experts per token)."""
+    """`route` for few tokens, in NumPy: experts and weights, both (tokens, experts per token).
+
+    Of experts that rank exactly alike, it may take others.
+    """
     experts = (logits + bias).argsort(1)[:, -top_k:]
     chosen = logits[np.arange(len(logits))[:, None], experts].astype(np.float64)
     raw = chosen - chosen.max(1, keepdims=True) if score == "softmax" else -np.logaddexp(0, -chosen)

@@ -6,6 +6,7 @@ is small goes to NumPy: an operation costs some two microseconds there and a vie
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -34,7 +35,10 @@ class Buffer:
         whole = torch.empty(rows, width)
         self.array: Array = whole.numpy()
         self.tensor = whole[0] if rows == 1 else whole
-        self._rows = list(whole)
+
+    @cached_property
+    def _rows(self) -> list[Tensor]:
+        return list(self.tensor.view(len(self.array), -1))
 
     def part(self, rows: slice) -> Tensor:
         """Some of the rows; a single one as a vector."""
