@@ -7,7 +7,6 @@ stage, at its first use. Waves with several positions of a request are the `Wave
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -21,26 +20,14 @@ from open_mythos.inference.cache import PagedCache
 from open_mythos.inference.wave import Lane
 from open_mythos.model.cache import CacheAddress, Entries
 from open_mythos.model.context import ForwardContext, Visible
-from open_mythos.model.mask import AttentionMask
+from open_mythos.model.mask import OwnMasks
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.model.rope import RotaryTable, rotary_table
+from open_mythos.model.rope import RotaryTable
 
 Stage = Callable[..., Tensor]
 """What a wave computes, of the model, a context, and tensors (1, lanes, ...); returns (1, lanes, ...)."""
 
 _FEWEST_KEYS = 64
-
-
-@dataclass(frozen=True)
-class _StaticMask(AttentionMask):
-    """A mask whose bias is known."""
-
-    known: Tensor
-
-    @property
-    def bias(self) -> Tensor:
-        """(lanes, 1, keys); (1, keys) for a single lane."""
-        return self.known[0] if len(self.known) == 1 else self.known
 
 
 class StaticContext(ForwardContext):
@@ -53,13 +40,13 @@ class StaticContext(ForwardContext):
     def __init__(self, config: MythosConfig, cache: PagedCache, table: Tensor, dtype: torch.dtype) -> None:
         super().__init__(config, table.shape[0], table.device, dtype)
         positions, counts, rows = table[:, 0], table[:, 1:2], table[:, 2:]
-        self._cache, self._rows, self._rotary = cache, rows, None
-        if config.use_rope:  # now, and the bias too: Python 3.11's cached_property takes a lock, which is not traced
-            self._rotary = rotary_table(positions, config.rotary_dim, config.rotary_base, dtype, config.rotary_heads)
+        self._cache, self._rows = cache, rows
+        self._rotary = self._rotary_at(
+            positions
+        )  # now: Python 3.11's cached_property takes a lock, which is not traced
         n_keys = rows.shape[1]
-        unseen = torch.arange(n_keys, device=self.device) < n_keys - counts
-        bias = torch.zeros(rows.shape, dtype=dtype, device=self.device).masked_fill(unseen, float("-inf"))
-        self._mask = _StaticMask(1, n_keys, None, self.device, dtype, bias.unsqueeze(1))
+        seen = torch.arange(n_keys, device=self.device) >= n_keys - counts
+        self._mask = OwnMasks.of(seen.unsqueeze(1), dtype)
 
     @property
     def rotary(self) -> RotaryTable | None:

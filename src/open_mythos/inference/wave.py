@@ -18,8 +18,8 @@ from open_mythos.config import MythosConfig
 from open_mythos.inference.cache import PagedCache, Rows, RowTable
 from open_mythos.model.cache import CacheAddress, Entries
 from open_mythos.model.context import ForwardContext, Visible
-from open_mythos.model.mask import AttentionMask, OwnMasks
-from open_mythos.model.rope import RotaryTable, rotary_table
+from open_mythos.model.mask import AttentionMask, OwnMasks, in_reach
+from open_mythos.model.rope import RotaryTable
 from open_mythos.model.vectors import Array, Seen
 
 
@@ -68,11 +68,8 @@ class WaveContext(ForwardContext):
     @cached_property
     def rotary(self) -> RotaryTable | None:
         """Rotations of every lane's positions."""
-        c = self.config
-        if not c.use_rope:
-            return None
         positions = np.concatenate([[at for at, _ in self._singles], *(at for at, _ in self._blocks)])
-        return rotary_table(self._there(positions), c.rotary_dim, c.rotary_base, self.dtype, c.rotary_heads)
+        return self._rotary_at(self._there(positions))
 
     @cached_property
     def rotations(self) -> Array | None:
@@ -127,7 +124,7 @@ class WaveContext(ForwardContext):
         if visible is None:
             mask = AttentionMask(1, width, None, self.device, self.dtype)
         else:
-            mask = OwnMasks(1, width, None, self.device, self.dtype, self._there(visible).unsqueeze(1))
+            mask = OwnMasks.of(self._there(visible).unsqueeze(1), self.dtype)
         return _Group(slice(0, lanes), lanes, self._there(rows), mask)
 
     @cached_property
@@ -153,11 +150,8 @@ class WaveContext(ForwardContext):
         if last + 1 - positions[0] == n:
             mask = AttentionMask(n, n_keys, self._window, self.device, self.dtype)
         else:
-            keys, queries = np.arange(first, last + 1), positions[:, None]
-            visible = keys <= queries
-            if self._window is not None:
-                visible &= keys > queries - self._window
-            mask = OwnMasks(n, n_keys, None, self.device, self.dtype, self._there(visible[None]))
+            keys = torch.arange(first, last + 1, device=self.device)
+            mask = OwnMasks.of(in_reach(self._there(positions), keys, self._window).unsqueeze(0), self.dtype)
         return _Group(slice(start, start + n), 1, self._there(seen[None, first : last + 1]), mask)
 
     def _there(self, array: np.ndarray) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from open_mythos.model.cache import CacheAddress, Entries
 from open_mythos.model.context import ForwardContext, Visible
-from open_mythos.model.mask import AttentionMask, OwnMasks
+from open_mythos.model.mask import AttentionMask, OwnMasks, in_reach
 from open_mythos.model.rope import RotaryTable
 
 # Gathering and scattering pay from this share of halted positions on, if they are not too few.
@@ -108,7 +108,7 @@ class ActiveContext(ForwardContext):
         """Every query by itself, with a copy of the keys in its window."""
         n = self.n_new
         keys = self._position.unsqueeze(-1) + torch.arange(1 - window, 1, device=self.device)
-        mask = OwnMasks(1, window, None, self.device, self.dtype, (keys >= 0).unsqueeze(1))
+        mask = OwnMasks.of((keys >= 0).unsqueeze(1), self.dtype)
         flat = self._sequence.unsqueeze(-1) * self._n_keys + keys.clamp_min(0)
         each = torch.arange(n, device=self.device)
         return _Groups(each.unsqueeze(-1), flat, mask, each)
@@ -123,9 +123,7 @@ class ActiveContext(ForwardContext):
         queries = (starts.unsqueeze(-1) + torch.arange(most, device=self.device)).clamp_max(self.n_new - 1)
         first = 0 if window is None else max(0, int(self._position.min()) - window + 1)
         keys = torch.arange(first, self._n_keys, device=self.device)
-        back = self._position[queries].unsqueeze(-1) - keys
-        visible = back >= 0 if window is None else (back >= 0) & (back < window)
-        mask = OwnMasks(most, len(keys), None, self.device, self.dtype, visible)
+        mask = OwnMasks.of(in_reach(self._position[queries], keys, window), self.dtype)
         return _Groups(queries, self._sequence[starts].unsqueeze(-1) * self._n_keys + keys, mask, places)
 
 

@@ -66,10 +66,12 @@ class ForwardContext:
     @cached_property
     def rotary(self) -> RotaryTable | None:
         """Rotations of the new positions; None in a model without rotary positions."""
-        if not self.config.use_rope:
-            return None
-        positions = torch.arange(self.store.length, self.store.length + self.n_new, device=self.device)
+        return self._rotary_at(torch.arange(self.store.length, self.store.length + self.n_new, device=self.device))
+
+    def _rotary_at(self, positions: Tensor) -> RotaryTable | None:
         config = self.config
+        if not config.use_rope:
+            return None
         return rotary_table(positions, config.rotary_dim, config.rotary_base, self.dtype, config.rotary_heads)
 
     def append(self, address: CacheAddress, rows: Array, window: int | None) -> Seen:

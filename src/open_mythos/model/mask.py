@@ -1,6 +1,6 @@
 """Which keys a query may see: the causal past, or a sliding window of it.
 
-Main entries: `AttentionMask`; `OwnMasks` where every sequence has its own.
+Main entries: `AttentionMask`; `OwnMasks` where every sequence has its own; `in_reach`.
 """
 
 from __future__ import annotations
@@ -66,34 +66,46 @@ class AttentionMask:
         if self.n_queries == 1:
             return None
         keys = torch.arange(self.first_key, self.n_keys, device=self.device)
-        queries = torch.arange(self.n_keys - self.n_queries, self.n_keys, device=self.device).unsqueeze(-1)
-        hidden = keys > queries
-        if self.window is not None:
-            hidden = hidden | (keys <= queries - self.window)
-        return torch.zeros(hidden.shape, device=self.device, dtype=self.dtype).masked_fill_(hidden, float("-inf"))
+        queries = torch.arange(self.n_keys - self.n_queries, self.n_keys, device=self.device)
+        return _bias(in_reach(queries, keys, self.window), self.dtype)
 
 
 @dataclass(frozen=True)
 class OwnMasks(AttentionMask):
     """A mask of its own for every sequence of the batch."""
 
-    visible: Tensor
-    """(batch, queries, keys)."""
+    own_bias: Tensor
+    """(batch, queries, keys): what to add to the scores."""
+
+    @classmethod
+    def of(cls, visible: Tensor, dtype: torch.dtype) -> OwnMasks:
+        """Those in which queries see the keys that are `visible`, (batch, queries, keys)."""
+        _, n_queries, n_keys = visible.shape
+        return cls(n_queries, n_keys, None, visible.device, dtype, _bias(visible, dtype))
 
     @property
     def is_causal_square(self) -> bool:
         """Never taken for granted."""
         return False
 
-    @cached_property
-    def bias(self) -> Tensor | None:
+    @property
+    def bias(self) -> Tensor:  # type: ignore[override]
         """(batch, queries, keys); (queries, keys) for a single sequence."""
-        bias = torch.zeros(self.visible.shape, dtype=self.dtype, device=self.device)
-        bias = bias.masked_fill_(~self.visible, float("-inf"))
-        return bias[0] if len(bias) == 1 else bias
+        return self.own_bias[0] if len(self.own_bias) == 1 else self.own_bias
 
     @property
     def causal_or_bias(self) -> tuple[bool, Tensor | None]:
         """Kernels take a mask of every sequence's own with a dimension for the heads."""
         bias = self.bias
-        return False, bias if bias is None or bias.dim() == 2 else bias.unsqueeze(1)
+        return False, bias if bias.dim() == 2 else bias.unsqueeze(1)
+
+
+def in_reach(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """(..., queries, keys): which keys the window of a query reaches, itself the last; both are positions."""
+    back = queries.unsqueeze(-1) - keys
+    return back >= 0 if window is None else (back >= 0) & (back < window)
+
+
+def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where visible, -inf where not."""
+    return torch.zeros(visible.shape, device=visible.device, dtype=dtype).masked_fill(~visible, float("-inf"))
