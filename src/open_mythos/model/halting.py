@@ -29,7 +29,33 @@ class ACTHalting(nn.Module):
         return torch.sigmoid(torch.addcdiv(self.halt.bias, logit, norm + root * self.eps, value=root))
 
 
-class ACTAccumulator:
+class Stopping:
+    """Which positions still run: each its loops of the budget, unless it stops before; here nobody does."""
+
+    def __init__(self, budget: LoopBudget, like: Tensor) -> None:
+        """`like` is a state (batch, seq, dim)."""
+        self.budget, self._shape = budget, like.shape[:2]
+        self._going_on: Tensor | None = None
+        """(batch, seq), False where a position has stopped; None before any has."""
+
+    def active(self, t: int) -> Tensor | None:
+        """(batch, seq), False where a position does not run loop t; None if all do."""
+        running = self.budget.running(t)
+        if running is None or self._going_on is None:
+            return self._going_on if running is None else running.expand(self._shape)
+        return running & self._going_on
+
+    @property
+    def finished(self) -> bool:
+        """Whether every position has stopped."""
+        return self._going_on is not None and not bool(self._going_on.any())
+
+    def _stop(self, stops: Tensor) -> None:
+        """Positions where `stops` (batch, seq) is True run no further loop."""
+        self._going_on = ~stops if self._going_on is None else self._going_on & ~stops
+
+
+class ACTAccumulator(Stopping):
     """Weighs the states of successive loops so that every position's weights sum to exactly 1.
 
     Each loop weighs as much as its halting probability, until the sum reaches the threshold or the position's loops
@@ -38,19 +64,12 @@ class ACTAccumulator:
 
     def __init__(self, threshold: float, budget: LoopBudget, like: Tensor) -> None:
         """`like` is a state (batch, seq, dim)."""
-        self.threshold, self.budget = threshold, budget
-        self._going_on: Tensor | None = None
+        super().__init__(budget, like)
+        self.threshold = threshold
         self._mass = like.new_zeros(like.shape[:2])
         self._exit_loops: Tensor | int = 0  # a number for as long as it is the same everywhere
         self._remainder: Tensor | float = 0.0
         self._output: Tensor | None = None
-
-    def active(self, t: int) -> Tensor | None:
-        """(batch, seq), False where a position does not run loop t; None if all do."""
-        running = self.budget.running(t)
-        if running is None or self._going_on is None:
-            return self._going_on if running is None else running.expand_as(self._mass)
-        return running & self._going_on
 
     def update(self, h: Tensor, p: Tensor | None, t: int) -> None:
         """Take loop t's state h (batch, seq, dim) and halting probability p (batch, seq)."""
@@ -74,7 +93,7 @@ class ACTAccumulator:
         stops = active & ((mass >= self.threshold) | self.budget.end_at(t))
         self._remainder = self._remainder + rest * stops
         self._exit_loops = self.exit_loops + active
-        self._going_on = ~stops if self._going_on is None else self._going_on & ~stops
+        self._stop(stops)
         return torch.where(stops, rest, p) * active
 
     def _none_stops(self, mass: Tensor, t: int) -> bool:
@@ -88,11 +107,6 @@ class ACTAccumulator:
         if isinstance(self._exit_loops, Tensor):
             return self._exit_loops
         return torch.full_like(self._mass, self._exit_loops, dtype=torch.int32)
-
-    @property
-    def finished(self) -> bool:
-        """Whether every position has halted."""
-        return self._going_on is not None and not bool(self._going_on.any())
 
     @property
     def output(self) -> Tensor:
@@ -111,27 +125,17 @@ class ACTAccumulator:
         return (self.exit_loops + self._remainder).mean()
 
 
-class LastState:
+class LastState(Stopping):
     """What `ACTAccumulator` is to a model with halting, for one without: the last loop's state is the output."""
 
     ponder_cost: Tensor
 
     def __init__(self, budget: LoopBudget, like: Tensor) -> None:
         """`like` is a state (batch, seq, dim)."""
-        self.budget, self._shape = budget, like.shape[:2]
+        super().__init__(budget, like)
         self.output = like
         self.exit_loops = budget.n_loops.expand(self._shape)
         self.ponder_cost = like.new_zeros(())
-
-    @property
-    def finished(self) -> bool:
-        """Never before the loops are over."""
-        return False
-
-    def active(self, t: int) -> Tensor | None:
-        """(batch, seq), False where a sequence does not run loop t; None if all do."""
-        running = self.budget.running(t)
-        return None if running is None else running.expand(self._shape)
 
     def update(self, h: Tensor, p: Tensor | None, t: int) -> None:
         """Take loop t's state h (batch, seq, dim)."""
@@ -156,14 +160,6 @@ class SettledState(LastState):
         super().__init__(budget, like)
         self.tolerance, self._reached = tolerance, reached
         self.exit_loops = torch.zeros(self._shape, dtype=torch.int32, device=like.device)
-        self._going_on: Tensor | None = None
-
-    def active(self, t: int) -> Tensor | None:
-        """(batch, seq), False where a position does not run loop t; None if all do."""
-        running = super().active(t)
-        if self._going_on is None:
-            return running
-        return self._going_on if running is None else running & self._going_on
 
     def update(self, h: Tensor, p: Tensor | None, t: int) -> None:
         """Take loop t's state h (batch, seq, dim)."""
@@ -173,12 +169,7 @@ class SettledState(LastState):
         if t > 0:  # before loop 0 there is no state that a loop has left
             settled = self._settled(before, h, t)
             if self._going_on is not None or bool(settled.any()):
-                self._going_on = ~settled if self._going_on is None else self._going_on & ~settled
-
-    @property
-    def finished(self) -> bool:
-        """Whether every position has halted."""
-        return self._going_on is not None and not bool(self._going_on.any())
+                self._stop(settled)
 
     def _settled(self, before: Tensor, h: Tensor, t: int) -> Tensor:
         """(batch, seq): whether loop t has moved no position up to this one; halted ones do not move."""
