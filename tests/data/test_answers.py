@@ -54,32 +54,30 @@ def symbol_backwards(tokens: Sequence[int]) -> int | None:
 
 
 def node_after(nodes: int) -> Answer:
-    """Hop along the edges as often as there are tokens after them."""
+    """Follow the edges, "leaving a" being so many more than "at a": once from a start, from a 0 once more."""
 
     def answer(tokens: Sequence[int]) -> int | None:
-        edges, rest = tokens[: 2 * nodes], tokens[2 * nodes :]
-        if not rest:
+        last_edge = max(place for place, token in enumerate(tokens) if token > nodes) + 1
+        edges, asked = tokens[: last_edge + 1], tokens[last_edge + 1 :]
+        if not asked:
             return None
-        leads = dict(zip(edges[::2], edges[1::2], strict=True))
-        at = rest[0]
-        for _ in rest:
+        leads = dict(zip((token - nodes for token in edges[::2]), edges[1::2], strict=True))
+        at = asked[max(place for place, token in enumerate(asked) if token)]
+        for _ in range(1 + next(place for place, token in enumerate(reversed(asked)) if token)):
             at = leads[at]
         return at
 
     return answer
 
 
-def end_of_hops(hops: int) -> Answer:
-    """Find the last occurrence before and go to the token after it, until there is none."""
-
-    def answer(tokens: Sequence[int]) -> int | None:
-        at, done = len(tokens) - 1, 0
-        while tokens[at] in tokens[:at]:
-            at = max(place for place in range(at) if tokens[place] == tokens[at]) + 1
-            done += 1
-        return tokens[at] if done == hops else None
-
-    return answer
+def end_of_hops(tokens: Sequence[int]) -> int | None:
+    """At the end of a pair: find the last occurrence before and go to the token after it, until there is none."""
+    if len(tokens) % 2:
+        return None
+    at = len(tokens) - 1
+    while tokens[at] in tokens[:at]:
+        at = max(place for place in range(at) if tokens[place] == tokens[at]) + 1
+    return tokens[at]
 
 
 def naive(name: str, length: int) -> tuple[Task, Answer]:
@@ -87,7 +85,7 @@ def naive(name: str, length: int) -> tuple[Task, Answer]:
     return {
         "addition": (Addition(), digit_of_sum),
         "dyck": (Dyck(), validity),
-        "p_hop": (PHop(pairs=24), end_of_hops(length)),
+        "p_hop": (PHop(names=42), end_of_hops),
         "parity": (Parity(), sum_so_far(2)),
         "reverse": (Reverse(), symbol_backwards),
         "sums": (RunningSums(), sum_so_far(3)),
@@ -125,8 +123,8 @@ def test_examples_by_hand() -> None:
     sevens = [2, 2, 2, 1, 2, 1, 3]
     assert [digit_of_sum(sevens[:end]) for end in range(1, 8)] == [None, 1, None, 1, None, 1, 2]
     assert [validity(text) for text in ([1], [1, 2], [1, 2, 2], [1, 2, 2, 1])] == [2, 1, 3, 3]
-    assert [node_after(3)([1, 2, 2, 3, 3, 1, 1, 0, 0][:end]) for end in (7, 8, 9)] == [2, 3, 1]
-    assert end_of_hops(2)([7, 5, 9, 7, 8, 9]) == 5
+    assert [node_after(3)([4, 2, 5, 3, 6, 1, 1, 0, 0, 3][:end]) for end in range(6, 11)] == [None, 2, 3, 1, 1]
+    assert end_of_hops([7, 5, 9, 7, 8, 9]) == 5
 
 
 def test_carries_run_far_in_many_sums() -> None:
@@ -144,13 +142,23 @@ def test_brackets_are_balanced_open_and_broken_at_any_length() -> None:
 
 
 def test_a_walk_never_comes_back_before_it_must() -> None:
-    targets = Walk(nodes=9).batch(32, 9, torch.Generator().manual_seed(0)).targets[:, -9:]
-    assert all(len(set(row)) == 9 for row in targets.tolist())
+    targets = Walk(nodes=9).batch(32, 9, torch.Generator().manual_seed(0)).targets[:, -18:]
+    assert all(len(set(walk)) == 9 for row in targets.tolist() for walk in (row[:9], row[9:]))
 
 
-def test_hops_beyond_the_row_are_refused() -> None:
-    with pytest.raises(ValueError, match="length is 16; it must be below the number of pairs"):
-        PHop().batch(2, 16, torch.Generator())
+def test_more_hops_than_names_allow_are_refused() -> None:
+    with pytest.raises(ValueError, match="length is 11; it must be at most 10, for two chains with 24 names"):
+        PHop().batch(2, 11, torch.Generator())
+
+
+@pytest.mark.parametrize("hops", [1, 4, 8])
+def test_chains_have_as_many_hops_as_the_length_says(hops: int) -> None:
+    """Every answer is asked for after 0, 1, ..., and that many hops."""
+    task = PHop()
+    targets = task.batch(8, hops, torch.Generator().manual_seed(0)).targets[:, 1::2]
+    for row in targets.tolist():
+        assert {row.count(end) for end in row} == {hops + 1}
+        assert len(set(row)) >= 2
 
 
 def test_no_token_of_p_hop_is_there_three_times() -> None:

@@ -130,3 +130,4 @@ def test_sweeps_go_to_four_times_the_typical_depth() -> None:
 def test_a_sweep_measures_twice_the_longest_where_that_fits() -> None:
     assert TaskRun(longest=16, model=MythosConfig(max_seq_len=32)).lengths_swept == (16, 32)
     assert TaskRun(longest=16, model=MythosConfig(max_seq_len=31)).lengths_swept == (16,)
+    assert TaskRun(task="p_hop", longest=6).lengths_swept == (6,)  # there are no problems of 12 hops

@@ -1,8 +1,7 @@
 """p-hop induction (Sanford et al. 2024, arXiv 2402.09268), followed until it ends.
 
-Main entry: `PHop`. A hop leads from a token to the one that came after its last occurrence before. From the positions
-that are asked, p hops lead to a token that had not occurred before; with one hop per loop that takes p loops, in a row
-that is equally long for every p.
+Main entry: `PHop`. A hop leads from a token to the one that came after its last occurrence before. Every hop is a
+look-up of where the last one led: with one hop per loop, p of them take p loops.
 """
 
 from __future__ import annotations
@@ -18,31 +17,31 @@ from open_mythos.data.permutations import permutations
 
 @dataclass(frozen=True)
 class PHop:
-    """Ids are 0 to 2 * `pairs` - 1, each at most twice in a row of `pairs` pairs; `length` is p.
+    """Ids are names from 0 to `names` - 1, each at most twice in a row of pairs; `length` is p, the hops of a chain.
 
-    The row holds chains of pairs (b, a), (c, b), (d, c), dealt out among one another: a hop leads from the second token
-    of a pair to that of the pair before it in its chain. Asked is where p hops end that cannot go on.
+    The row holds chains of p + 1 pairs (b, a), (c, b), (d, c), dealt out among one another: a hop leads from the second
+    token of a pair to that of the pair before it in its chain. Asked is, at every second token, where hops end: after
+    none in the first pair of a chain, after p in its last.
     """
 
-    pairs: int = 16
+    names: int = 24
 
     @property
     def vocab_size(self) -> int:
-        """Enough for as many chains as can be."""
-        return 2 * self.pairs
+        """The names."""
+        return self.names
 
     def batch(self, size: int, length: int, generator: torch.Generator) -> Batch:
-        """Random rows, (size, 2 * pairs), with as many chains of p hops as there is room for."""
-        if length >= self.pairs:
-            raise ValueError(f"length is {length}; it must be below the number of pairs ({self.pairs})")
-        chain = torch.arange(self.pairs) // (length + 1)
-        chain = chain[permutations(size, self.pairs, generator)]
-        rank = F.one_hot(chain).cumsum(1).gather(2, chain.unsqueeze(-1)).squeeze(-1)
-        names = permutations(size, self.vocab_size, generator)
+        """Random rows, (size, 2 * chains * (length + 1))."""
+        n_pairs = self._chains(length) * (length + 1)
+        chain = torch.arange(n_pairs) // (length + 1)
+        chain = chain[permutations(size, n_pairs, generator)]
+        place = F.one_hot(chain).cumsum(1).gather(2, chain.unsqueeze(-1)).squeeze(-1)
+        names = permutations(size, self.names, generator)
         end = chain * (length + 2)
-        ids = torch.stack([names.gather(1, end + rank), names.gather(1, end + rank - 1)], -1)
-        asked = torch.where(rank == length + 1, names.gather(1, end), IGNORED)
-        targets = torch.stack([torch.full_like(asked, IGNORED), asked], -1)
+        ids = torch.stack([names.gather(1, end + place), names.gather(1, end + place - 1)], -1)
+        ends = names.gather(1, end)
+        targets = torch.stack([torch.full_like(ends, IGNORED), ends], -1)
         return Batch(ids.flatten(1), targets.flatten(1), torch.full((size,), self.loops(length)))
 
     def loops(self, length: int) -> int:
@@ -51,4 +50,15 @@ class PHop:
 
     def positions(self, length: int) -> int:
         """Two per pair."""
-        return 2 * self.pairs
+        return 2 * self._chains(length) * (length + 1)
+
+    def _chains(self, length: int) -> int:
+        """As many as there are names for, but few in short problems: the fewer pairs, the sooner a look-up is learned.
+
+        At least two, as all hops of a single one lead to the first pair.
+        """
+        if self.names < 2 * (length + 2):
+            raise ValueError(
+                f"length is {length}; it must be at most {self.names // 2 - 2}, for two chains with {self.names} names"
+            )
+        return min(length + 1, self.names // (length + 2))

@@ -82,8 +82,14 @@ class TaskRun(_Run):
     @property
     def lengths_swept(self) -> tuple[int, ...]:
         """Lengths that a sweep measures unless it is told others."""
-        fits = TASKS[self.task]().positions(2 * self.longest) <= self.model.max_seq_len
-        return self.sweep_lengths or ((self.longest, 2 * self.longest) if fits else (self.longest,))
+        return self.sweep_lengths or (self.longest, *filter(self._fits, [2 * self.longest]))
+
+    def _fits(self, length: int) -> bool:
+        """Whether the task has such problems, and the context room for them."""
+        try:
+            return TASKS[self.task]().positions(length) <= self.model.max_seq_len
+        except ValueError:
+            return False
 
 
 RunConfig = TextRun | TaskRun
