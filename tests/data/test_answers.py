@@ -53,17 +53,15 @@ def symbol_backwards(tokens: Sequence[int]) -> int | None:
     return symbols[-blanks] if blanks else None
 
 
-def node_after(nodes: int) -> Answer:
-    """Follow the edges, "leaving a" being so many more than "at a": once from a start, from a 0 once more."""
+def end_of_walk(nodes: int) -> Answer:
+    """Follow the edges, "leaving a" being so many more than "at a", from a token that is not an edge's second."""
 
     def answer(tokens: Sequence[int]) -> int | None:
-        last_edge = max(place for place, token in enumerate(tokens) if token > nodes) + 1
-        edges, asked = tokens[: last_edge + 1], tokens[last_edge + 1 :]
-        if not asked:
+        leads = {one - nodes: other for one, other in pairwise(tokens) if one >= nodes}
+        if tokens[-1] >= nodes or (len(tokens) > 1 and tokens[-2] >= nodes):
             return None
-        leads = dict(zip((token - nodes for token in edges[::2]), edges[1::2], strict=True))
-        at = asked[max(place for place, token in enumerate(asked) if token)]
-        for _ in range(1 + next(place for place, token in enumerate(reversed(asked)) if token)):
+        at = tokens[-1]
+        while at in leads:
             at = leads[at]
         return at
 
@@ -89,7 +87,7 @@ def naive(name: str, length: int) -> tuple[Task, Answer]:
         "parity": (Parity(), sum_so_far(2)),
         "reverse": (Reverse(), symbol_backwards),
         "sums": (RunningSums(), sum_so_far(3)),
-        "walk": (Walk(nodes=5), node_after(5)),
+        "walk": (Walk(nodes=40), end_of_walk(40)),
     }[name]
 
 
@@ -119,11 +117,11 @@ def test_tokens_and_answers_lie_in_the_vocabulary_and_vary(name: str) -> None:
 
 
 def test_examples_by_hand() -> None:
-    """7 + 1 = 8 carries through all digits; 1 2 | 2 3 | 3 1 leads from 1 to 2, 3 and back to 1."""
+    """7 + 1 = 8 carries through all digits; 0 > 1, 1 > 2 ends at 2."""
     sevens = [2, 2, 2, 1, 2, 1, 3]
     assert [digit_of_sum(sevens[:end]) for end in range(1, 8)] == [None, 1, None, 1, None, 1, 2]
     assert [validity(text) for text in ([1], [1, 2], [1, 2, 2], [1, 2, 2, 1])] == [2, 1, 3, 3]
-    assert [node_after(3)([4, 2, 5, 3, 6, 1, 1, 0, 0, 3][:end]) for end in range(6, 11)] == [None, 2, 3, 1, 1]
+    assert [end_of_walk(3)([3, 1, 4, 2, 0, 1, 2][:end]) for end in range(1, 8)] == [None] * 4 + [2, 2, 2]
     assert end_of_hops([7, 5, 9, 7, 8, 9]) == 5
 
 
@@ -141,24 +139,21 @@ def test_brackets_are_balanced_open_and_broken_at_any_length() -> None:
         assert last.bincount(minlength=4)[1:].min() > 40
 
 
-def test_a_walk_never_comes_back_before_it_must() -> None:
-    targets = Walk(nodes=9).batch(32, 9, torch.Generator().manual_seed(0)).targets[:, -18:]
-    assert all(len(set(walk)) == 9 for row in targets.tolist() for walk in (row[:9], row[9:]))
+@pytest.mark.parametrize(("task", "most"), [(PHop(), 10), (Walk(), 10)])
+def test_more_hops_than_there_are_names_for_are_refused(task: Task, most: int) -> None:
+    task.batch(2, most, torch.Generator())
+    with pytest.raises(ValueError, match=f"length is {most + 1}; it must be at most {most}, for two"):
+        task.batch(2, most + 1, torch.Generator())
 
 
-def test_more_hops_than_names_allow_are_refused() -> None:
-    with pytest.raises(ValueError, match="length is 11; it must be at most 10, for two chains with 24 names"):
-        PHop().batch(2, 11, torch.Generator())
-
-
+@pytest.mark.parametrize("task", [PHop(), Walk()])
 @pytest.mark.parametrize("hops", [1, 4, 8])
-def test_chains_have_as_many_hops_as_the_length_says(hops: int) -> None:
+def test_chains_have_as_many_hops_as_the_length_says(task: Task, hops: int) -> None:
     """Every answer is asked for after 0, 1, ..., and that many hops."""
-    task = PHop()
-    targets = task.batch(8, hops, torch.Generator().manual_seed(0)).targets[:, 1::2]
-    for row in targets.tolist():
-        assert {row.count(end) for end in row} == {hops + 1}
-        assert len(set(row)) >= 2
+    for row in task.batch(8, hops, torch.Generator().manual_seed(0)).targets.tolist():
+        ends = [end for end in row if end != IGNORED]
+        assert {ends.count(end) for end in ends} == {hops + 1}
+        assert len(set(ends)) >= 2
 
 
 def test_no_token_of_p_hop_is_there_three_times() -> None:

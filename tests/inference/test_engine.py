@@ -22,7 +22,8 @@ RULES = [None, StateChange(0.3), PredictionChange(0.05), StableArgmax(2)]
 def _config(random: Random):
     return tiny_config(
         random.choice(["gqa", "mla"]),
-        halting=random.choice(["act", "none"]),
+        halting=random.choice(["act", "none", "settled"]),
+        settle_tolerance=random.choice([0.1, 0.4]),
         window=random.choice([None, 3]),
         outer_window=random.choice([None, 4]),
         n_experts=random.choice([0, 4]),
@@ -131,10 +132,14 @@ def test_a_wrong_request_fails_alone_and_says_why() -> None:
     assert engine.stats().cache_bytes == 0
 
 
-def test_a_model_that_halts_when_settled_is_refused() -> None:
-    """The engine decides for each position alone, at its own loop; it would run other loops than the model does."""
-    with pytest.raises(ValueError, match="halting is 'settled'"):
-        Engine(tiny_model(tiny_config(halting="settled")))
+def test_a_model_that_halts_when_settled_takes_no_speculation() -> None:
+    """Guesses are at other loops than what they follow."""
+    engine = Engine(tiny_model(tiny_config(halting="settled")), cache_bytes=2**20)
+    speculating = SamplingParams(max_new_tokens=2, n_loops=3, speculation=Speculation(1, 2))
+    params = [speculating, SamplingParams(max_new_tokens=2, n_loops=3)]
+    refused, served = engine.generate([[1, 2, 3, 4] * 5] * 2, params)
+    assert "halting must be 'act' or 'none', not 'settled'" in refused.error
+    assert len(served.token_ids) == 2
 
 
 def test_a_request_cancelled_in_any_state_leaves_the_others_alone() -> None:
@@ -190,7 +195,8 @@ def test_only_what_is_computed_is_stored(sharing: CacheSharing, attn_type: str) 
 @pytest.mark.parametrize("seed", range(60))
 def test_speculation_changes_no_greedy_token(seed: int) -> None:
     random = Random(2000 + seed)
-    model = tiny_model(_config(random), seed)
+    config = _config(random)
+    model = tiny_model(config if config.halting != "settled" else config.replace(halting="none"), seed)
     prompts = _prompts(random, random.randint(1, 4), model.config.vocab_size)
     n_loops, rule = random.randint(1, 9), random.choice(RULES)
     plain = SamplingParams(max_new_tokens=12, n_loops=n_loops, exit_rule=rule, temperature=0.0, logprobs=True)

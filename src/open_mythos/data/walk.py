@@ -1,7 +1,7 @@
-"""Walks over a random graph: the prompt lists its edges in any order, then asks for walks, hop by hop.
+"""Walks over a random graph: the prompt lists its edges in any order, then asks where walks end.
 
 Main entry: `Walk`. Every hop is a look-up of where the last one led: with one hop per loop, a walk of k hops takes k
-loops, and rows are (nearly) equally long for every k.
+loops.
 """
 
 from __future__ import annotations
@@ -13,40 +13,35 @@ import torch
 from open_mythos.data.batch import IGNORED, Batch
 from open_mythos.data.permutations import permutations
 
-_HOP = 0
-
 
 @dataclass(frozen=True)
 class Walk:
-    """Ids are the edges, "leaving a, at b" in any order, then walks: "at a", and a 0 for every hop after the first.
+    """Ids are the edges, "leaving a, at b" in any order, then "at a" for every node: where do walks from it end?
 
-    "At a" is 1 to `nodes`, "leaving a" `nodes` more. The edges are one cycle, so a walk comes to a new node each time
-    until it has seen all. A walk's first token asks for the node after one hop, each 0 for the node after one hop more.
-    `length` is the number of hops of every walk.
+    "At a" is 0 to `nodes` - 1, "leaving a" `nodes` more. The graph consists of paths, at whose ends there is no way
+    on. `length` is the hops of a path: from its nodes, walks of 0, 1, ..., `length` hops lead to its end.
     """
 
-    nodes: int = 12
-    questions: int = 20
-    """At most, over all walks of a row; a walk that takes more is alone in its row."""
+    nodes: int = 22
 
     @property
     def vocab_size(self) -> int:
-        """Leaving and at every node, and the hop."""
-        return 2 * self.nodes + 1
+        """At every node, and leaving it."""
+        return 2 * self.nodes
 
     def batch(self, size: int, length: int, generator: torch.Generator) -> Batch:
-        """Random cycles with random starts, (size, 2 * nodes of the graph + walks * length)."""
-        n, walks = self._graph(length), self._walks(length)
-        cycle = permutations(size, self.nodes, generator)[:, :n] + 1
-        edges = torch.stack([cycle + self.nodes, cycle.roll(-1, 1)], -1)
-        edges = edges.gather(1, permutations(size, n, generator).unsqueeze(-1).expand(-1, -1, 2))
-        start = torch.randint(n, (size, walks, 1), generator=generator)
-        hops = torch.full((size, walks, length), _HOP)
-        hops[:, :, 0] = cycle.gather(1, start.squeeze(-1))
-        visited = (start + torch.arange(1, length + 1)) % n
-        answers = cycle.gather(1, visited.flatten(1))
-        ids = torch.cat([edges.flatten(1), hops.flatten(1)], 1)
-        targets = torch.cat([torch.full_like(edges.flatten(1), IGNORED), answers], 1)
+        """Random graphs, (size, paths * (3 * length + 1))."""
+        n_paths = self._paths(length)
+        nodes = permutations(size, self.nodes, generator)[:, : n_paths * (length + 1)]
+        path = nodes.unflatten(1, (n_paths, length + 1))
+        edges = torch.stack([path[..., :-1] + self.nodes, path[..., 1:]], -1).flatten(1, 2)
+        edges = edges.gather(1, permutations(size, edges.shape[1], generator).unsqueeze(-1).expand(-1, -1, 2)).flatten(
+            1
+        )
+        order = permutations(size, nodes.shape[1], generator)
+        ends = path[..., -1:].expand_as(path).flatten(1)
+        ids = torch.cat([edges, nodes.gather(1, order)], 1)
+        targets = torch.cat([torch.full_like(edges, IGNORED), ends.gather(1, order)], 1)
         return Batch(ids, targets, torch.full((size,), self.loops(length)))
 
     def loops(self, length: int) -> int:
@@ -54,12 +49,16 @@ class Walk:
         return length
 
     def positions(self, length: int) -> int:
-        """Two per edge, and one per hop."""
-        return 2 * self._graph(length) + self._walks(length) * length
+        """Two per edge, and one per node."""
+        return self._paths(length) * (3 * length + 1)
 
-    def _graph(self, length: int) -> int:
-        """How many nodes the graph of a problem has: few for few hops, since look-ups are learned among few first."""
-        return min(2 * length + 1, self.nodes)
+    def _paths(self, length: int) -> int:
+        """As many as there are nodes for, but few in short problems: the fewer edges, the sooner look-ups are learned.
 
-    def _walks(self, length: int) -> int:
-        return max(1, self.questions // length)
+        At least two, as all walks end at the same node if there is but one.
+        """
+        if self.nodes < 2 * (length + 1):
+            raise ValueError(
+                f"length is {length}; it must be at most {self.nodes // 2 - 1}, for two paths with {self.nodes} nodes"
+            )
+        return min(length + 1, self.nodes // (length + 1))

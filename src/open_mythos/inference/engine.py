@@ -103,8 +103,6 @@ class Engine:
         reuse_prefixes: bool = True,
         compiled: bool = False,
     ) -> None:
-        if model.config.halting == "settled":  # whether others move is not known where each has its own loop
-            raise ValueError("halting is 'settled'; the engine takes models with halting 'act' or 'none'")
         self.model, self.tokenizer, self._modules = model, tokenizer, list(model.modules())
         layout = CacheLayout(model.config, model.embed.weight.element_size(), sharing or EveryLoop())
         self.cache = PagedCache(layout, cache_bytes, model.embed.weight)
@@ -266,6 +264,8 @@ class Engine:
             return (
                 f"speculation needs a cache in which every loop keeps its own; sharing is {self.cache.layout.sharing}"
             )
+        if params.speculation is not None and config.halting == "settled":
+            return "speculation has positions at different loops; halting must be 'act' or 'none', not 'settled'"
         pages = self._pages(prompt, params)
         if pages > self.cache.pages.n_pages:
             parts = f"the request may need {pages * self.cache.layout.page_bytes} bytes of cache"

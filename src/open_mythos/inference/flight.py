@@ -29,6 +29,8 @@ class Flight:
         """How many loops it has run."""
         self.most: Ints = np.empty(0, np.int64)
         """How many it may run."""
+        self.reached: Ints = np.empty(0, np.int64)
+        """The most loops that any position before those that were encoded together has run."""
         self.active: Bools = np.empty(0, np.bool_)
         """False once it has halted."""
         empty = like.new_empty(0, dim)
@@ -40,11 +42,11 @@ class Flight:
     def __len__(self) -> int:
         return len(self.owner)
 
-    def add(self, owner: Ints, position: Ints, most: Ints, h: Tensor, e: Tensor) -> None:
+    def add(self, owner: Ints, position: Ints, most: Ints, reached: Ints, h: Tensor, e: Tensor) -> None:
         """New lines that have not run a loop yet."""
         n = len(owner)
         self.owner, self.position = np.concatenate([self.owner, owner]), np.concatenate([self.position, position])
-        self.most = np.concatenate([self.most, most])
+        self.most, self.reached = np.concatenate([self.most, most]), np.concatenate([self.reached, reached])
         self.loop = np.concatenate([self.loop, np.zeros(n, np.int64)])
         self.active = np.concatenate([self.active, np.ones(n, np.bool_)])
         self.h, self.e = torch.cat([self.h, h]), torch.cat([self.e, e])
@@ -59,7 +61,7 @@ class Flight:
         if lines.all():
             return
         self.owner, self.position, self.loop = self.owner[lines], self.position[lines], self.loop[lines]
-        self.most, self.active = self.most[lines], self.active[lines]
+        self.most, self.reached, self.active = self.most[lines], self.reached[lines], self.active[lines]
         index = torch.from_numpy(np.flatnonzero(lines)).to(self.h.device)
         self.h, self.e, self.output, self.mass = (x[index] for x in (self.h, self.e, self.output, self.mass))
         self.memory = {rule: {name: x[index] for name, x in kept.items()} for rule, kept in self.memory.items()}

@@ -16,10 +16,11 @@ from torch.nn.functional import linear
 from open_mythos.inference.cache import PagedCache
 from open_mythos.inference.compiled import CompiledWaves, Stage
 from open_mythos.inference.exit import ExitRule, LoopView
-from open_mythos.inference.flight import Flight, Ints
+from open_mythos.inference.flight import Bools, Flight, Ints
 from open_mythos.inference.request import Request, Turn
 from open_mythos.inference.wave import Lane, WaveContext
 from open_mythos.model.context import ForwardContext, Layer
+from open_mythos.model.halting import has_moved
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.one_token import one_token_layers
 
@@ -61,8 +62,9 @@ class Runner:
         e = self._run(_encode, lanes, ids)
         h = self.model.recurrent.initial_state(e)
         counts = [len(at) for at in places]
-        owner, most = np.array([r.index for r in requests]), np.array([r.n_loops for r in requests])
-        self.flight.add(np.repeat(owner, counts), np.concatenate(places), np.repeat(most, counts), h[0], e[0])
+        told = [(r.index, r.n_loops, r.table.exits[: r.encoded].max(initial=0)) for r in requests]
+        owner, most, reached = np.repeat(told, counts, axis=0).T
+        self.flight.add(owner, np.concatenate(places), most, reached, h[0], e[0])
         for request in requests:
             request.encoded = len(request.tokens)
 
@@ -118,9 +120,11 @@ class Runner:
         before: Tensor,
         after: Tensor,
     ) -> list[Failure]:
-        """Weigh the states after a loop, as `ACTAccumulator` does, and halt who is done."""
+        """Weigh the states after a loop, as `ACTAccumulator` does, or as `SettledState`, and halt who is done."""
         flight, act = self.flight, self.model.recurrent.act
         stops = self._there(flight.loop[lines] + 1 >= flight.most[lines])
+        if self.model.config.halting == "settled":
+            stops |= self._there(self._settled(lines, before, after))
         failures = self._ask_rules(requests, lines, t, before, after, stops)
         flight.h = _put(flight.h, index, after)
         if act is not None:
@@ -132,6 +136,16 @@ class Runner:
             flight.output = _put(flight.output, index, output)
         flight.active[lines] = ~stops.cpu().numpy()
         return failures
+
+    def _settled(self, lines: Ints, before: Tensor, after: Tensor) -> Bools:
+        """Which of the lines rest, as does every line before them in their request: all of it is at the same loop."""
+        flight = self.flight
+        moved = np.zeros(len(flight), np.bool_)
+        moved[lines] = has_moved(before, after, self.model.config.settle_tolerance).cpu().numpy()
+        moved |= (flight.loop == 0) | (flight.reached > flight.loop + 1)
+        first = np.maximum.accumulate(np.where(flight.owner != np.roll(flight.owner, 1), np.arange(len(flight)), 0))
+        so_far = moved.cumsum()
+        return (so_far == (so_far - moved)[first])[lines]
 
     def _ask_rules(
         self, requests: Mapping[int, Request], lines: Ints, t: Tensor, before: Tensor, after: Tensor, stops: Tensor

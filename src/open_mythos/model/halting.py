@@ -1,7 +1,8 @@
 """When each position stops, and how its loops are weighed; a halted position is frozen: its state no longer changes.
 
 Main entries: `ACTHalting` predicts and `ACTAccumulator` decides (adaptive computation time, Graves 2016, arXiv
-1603.08983); `SettledState` asks whether anything still moves; `LastState` stops nobody.
+1603.08983); `SettledState` asks whether anything still moves (`has_moved`); `LastState`
+stops nobody.
 """
 
 from __future__ import annotations
@@ -173,8 +174,13 @@ class SettledState(LastState):
 
     def _settled(self, before: Tensor, h: Tensor, t: int) -> Tensor:
         """(batch, seq): whether loop t has moved no position up to this one; halted ones do not move."""
-        size = torch.linalg.vector_norm(h, dim=-1)
-        moved = ~(torch.linalg.vector_norm(h - before, dim=-1) <= self.tolerance * size)  # what is NaN does not rest
+        moved = has_moved(before, h, self.tolerance)
         if self._reached is not None:
             moved = moved | (self._reached > t + 1)
         return moved.cummax(1).values.logical_not()
+
+
+def has_moved(before: Tensor, after: Tensor, tolerance: float) -> Tensor:
+    """Whether states (..., dim) are further apart than `tolerance` of the later one's size; what is NaN never rests."""
+    size = torch.linalg.vector_norm(after, dim=-1)
+    return ~(torch.linalg.vector_norm(after - before, dim=-1) <= tolerance * size)
