@@ -21,6 +21,7 @@ BASES: dict[str, dict[str, Any]] = {
         "sweep_loops": [4, 6, 12, 32, 128],
     },
     "addition": {"sweep_loops": [6, 12, 64]},
+    "p_hop": {"training": {"steps": 800}, "sweep_loops": [4, 8, 12, 32]},
 }
 """What each recipe is before anything is changed, and where it is measured."""
 
@@ -57,14 +58,17 @@ def distance_as_ponder_cost(model: OpenMythos) -> None:
 
 def changes(run: TaskRun) -> dict[str, Change]:
     """Every row by its name."""
-    needed, most, window = needed_loops(run), most_loops(run), run.model.loop_reach
-    assert window is not None, "recipes of tasks have a window"
+    needed, most = needed_loops(run), most_loops(run)
     fields: dict[str, dict[str, Any]] = {
         "the base": {},
         "no attention sink": {"model": {"attention_sink": False}},
-        "recurrent window: none (full)": {"model": {"window": None}},
+        **_windows(run.model.loop_reach),
         "no rotary positions": {"model": {"use_rope": False}},
-        f"one recurrent layer, window {2 * window - 1}": {"model": {"recurrent_layers": 1, "window": 2 * window - 1}},
+        "one head": {"model": {"n_heads": 1, "n_kv_heads": 1}},
+        "four heads": {"model": {"n_heads": 4, "n_kv_heads": 4}},
+        "one prelude layer": {"model": {"prelude_layers": 1}},
+        "tied embeddings": {"model": {"tie_embeddings": True}},
+        "an output embedding of its own": {"model": {"tie_embeddings": False}},
         "loop embedding": {"model": {"loop_embedding": True}},
         "depth adapter of rank 4": {"model": {"lora_rank": 4}},
         "four experts": {"model": {"n_experts": 4, "expert_dim": 32}},
@@ -84,6 +88,17 @@ def changes(run: TaskRun) -> dict[str, Change]:
     penalty = {"training": {"ponder_weight": 1.0}}
     rows["the next loop's move in the loss"] = Change(penalty, distance_as_ponder_cost)
     return rows
+
+
+def _windows(window: int | None) -> dict[str, dict[str, Any]]:
+    """How far the recurrent block sees; with half as many layers, twice as far in one layer is as far in a loop."""
+    if window is None:
+        return {f"recurrent window: {narrow}": {"model": {"window": narrow}} for narrow in (8, 24)}
+    wide = 2 * window - 1
+    return {
+        "recurrent window: none (full)": {"model": {"window": None}},
+        f"one recurrent layer, window {wide}": {"model": {"recurrent_layers": 1, "window": wide}},
+    }
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from open_mythos.training.depth import Asked
 from open_mythos.training.records import Observer, StepRecord
 from open_mythos.training.trainer import Trainer
 
-RECIPES = ("parity", "addition", "sums", "dyck")
+RECIPES = ("parity", "addition", "sums", "dyck", "p_hop", "walk")
 
 
 class Figures(NamedTuple):

@@ -14,6 +14,7 @@ from open_mythos.recipes.named import named_recipe
 from tiny import random_ids, tiny_config, tiny_model
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+RECIPES = ("addition", "dyck", "p_hop", "parity", "sums", "walk")
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,7 @@ def test_the_penalty_is_the_distance_that_the_next_loop_goes(ablation: dict[str,
     torch.testing.assert_close(last.ponder_cost, (next_.state - last.state).square().mean())
 
 
-@pytest.mark.parametrize("name", ["parity", "addition", "sums", "dyck"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_row_changes_something(name: str, ablation: dict[str, Any]) -> None:
     run = named_recipe(name)
     rows = ablation["changes"](run)
@@ -74,6 +75,6 @@ def test_every_row_changes_something(name: str, ablation: dict[str, Any]) -> Non
 
 def test_deep_nets_have_as_many_layers_as_the_deepest_pass_of_training() -> None:
     controls = runpy.run_path(str(BENCHMARKS / "controls.py"))
-    found = {name: controls["nets"](named_recipe(name)) for name in ("parity", "addition", "sums", "dyck")}
+    found = {name: controls["nets"](named_recipe(name)) for name in RECIPES}
     layers = {name: nets["deep, window"]["model"]["recurrent_layers"] for name, nets in found.items()}
-    assert layers == {"parity": 2 * 4, "addition": 2 * 10, "sums": 2 * 10, "dyck": 2 * 10}
+    assert layers == {"parity": 2 * 4, "addition": 2 * 10, "sums": 2 * 10, "dyck": 2 * 10, "p_hop": 12, "walk": 12}

@@ -18,8 +18,8 @@ from open_mythos.data.permutations import permutations
 class Walk:
     """Ids are the edges, "leaving a, at b" in any order, then "at a" for every node: where do walks from it end?
 
-    "At a" is 0 to `nodes` - 1, "leaving a" `nodes` more. The graph consists of paths, at whose ends there is no way
-    on. `length` is the hops of a path: from its nodes, walks of 0, 1, ..., `length` hops lead to its end.
+    "At a" is 0 to `nodes` - 1, "leaving a" `nodes` more. The graph consists of paths whose last node leads to itself.
+    `length` is the hops of a path: from its nodes, walks of 0, 1, ..., `length` hops lead to that node.
     """
 
     nodes: int = 22
@@ -30,12 +30,13 @@ class Walk:
         return 2 * self.nodes
 
     def batch(self, size: int, length: int, generator: torch.Generator) -> Batch:
-        """Random graphs, (size, paths * (3 * length + 1))."""
+        """Random graphs, (size, 3 * paths * (length + 1))."""
         n_paths = self._paths(length)
         nodes = permutations(size, self.nodes, generator)[:, : n_paths * (length + 1)]
         path = nodes.unflatten(1, (n_paths, length + 1))
-        edges = torch.stack([path[..., :-1] + self.nodes, path[..., 1:]], -1).flatten(1, 2)
-        edges = edges.gather(1, permutations(size, edges.shape[1], generator).unsqueeze(-1).expand(-1, -1, 2)).flatten(
+        to = torch.cat([path[..., 1:], path[..., -1:]], -1)
+        edges = torch.stack([path + self.nodes, to], -1).flatten(1, 2)
+        edges = edges.gather(1, permutations(size, nodes.shape[1], generator).unsqueeze(-1).expand(-1, -1, 2)).flatten(
             1
         )
         order = permutations(size, nodes.shape[1], generator)
@@ -50,7 +51,7 @@ class Walk:
 
     def positions(self, length: int) -> int:
         """Two per edge, and one per node."""
-        return self._paths(length) * (3 * length + 1)
+        return 3 * self._paths(length) * (length + 1)
 
     def _paths(self, length: int) -> int:
         """As many as there are nodes for, but few in short problems: the fewer edges, the sooner look-ups are learned.
