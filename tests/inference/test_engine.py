@@ -192,6 +192,33 @@ def test_only_what_is_computed_is_stored(sharing: CacheSharing, attn_type: str) 
     assert planned <= in_pages < planned + 2 * engine.cache.layout.page_bytes  # a page of each kind is partly filled
 
 
+@pytest.mark.parametrize("seed", [26, 114, 126])
+def test_what_a_rule_has_stopped_holds_nobody_up(seed: int) -> None:
+    """After a prompt that begins alike, and needed more loops than the rule lets some of the new positions run."""
+    random = Random(seed)
+    config = tiny_config(
+        random.choice(["gqa", "mla"]),
+        halting="settled",
+        settle_tolerance=random.choice([0.005, 0.02, 0.1]),
+        n_experts=0,
+        loop_embedding=False,
+        lora_rank=0,
+        window=random.choice([None, 3]),
+        state_init=random.choice(["input", "zeros"]),
+        update_scale=random.choice([0.5, 1.0, 2.0]),
+    )
+    model = tiny_model(config, seed)
+    common = [random.randrange(17) for _ in range(16)]
+    first, second = [*common, 1, 2, 3], [*common, *(random.randrange(17) for _ in range(8))]
+    for tolerance in (0.02, 0.05):
+        rule = StateChange(tolerance)
+        params = SamplingParams(max_new_tokens=4, n_loops=20, temperature=0.0, exit_rule=rule)
+        engine = Engine(model, cache_bytes=2**22)
+        engine.generate([first], params)
+        assert engine.generate([second], params) == Engine(model, cache_bytes=2**22).generate([second], params)
+        assert engine.stats().reused == 16
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_speculation_changes_no_greedy_token(seed: int) -> None:
     random = Random(2000 + seed)

@@ -139,10 +139,10 @@ class Runner:
 
     def _settled(self, lines: Ints, before: Tensor, after: Tensor) -> Bools:
         """Which of the lines rest, as does every line before them in their request: all of it is at the same loop."""
-        flight = self.flight
-        moved = np.zeros(len(flight), np.bool_)
+        flight, t = self.flight, self.flight.loop[lines]
+        moved = np.zeros(len(flight), np.bool_)  # those that have halted do not move
         moved[lines] = has_moved(before, after, self.model.config.settle_tolerance).cpu().numpy()
-        moved |= (flight.loop == 0) | (flight.reached > flight.loop + 1)
+        moved[lines] |= (t == 0) | (flight.reached[lines] > t + 1)
         first = np.maximum.accumulate(np.where(flight.owner != np.roll(flight.owner, 1), np.arange(len(flight)), 0))
         so_far = moved.cumsum()
         return (so_far == (so_far - moved)[first])[lines]
