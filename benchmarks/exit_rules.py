@@ -29,7 +29,7 @@ from open_mythos.model.halting import LastState
 from open_mythos.recipes.folder import RunFolder
 from open_mythos.recipes.run_config import TaskRun
 
-FIXED = (4, 8, 12, 16, 32)
+FIXED = (4, 8, 10, 11, 12, 14, 16, 32)
 TOLERANCES = (0.3, 0.1, 0.03)
 RULES: tuple[ExitRule, ...] = (
     *map(StateChange, TOLERANCES),
@@ -45,6 +45,7 @@ class Ruled(LastState):
         super().__init__(LoopBudget(n_loops, e.device), e)
         self._model, self._rule = model, rule
         self._memory: Memory = {}
+        self.output = model.recurrent.initial_state(e)
         self.exit_loops = torch.zeros(e.shape[:2], dtype=torch.int32)
 
     def update(self, h: Tensor, p: Tensor | None, t: int) -> None:
@@ -108,6 +109,10 @@ def main() -> None:
     if not isinstance(run, TaskRun):
         parser.error(f"RUN is {chosen.run}, a run on text; it must be one on a task")
     length = chosen.length or 2 * run.longest
+    try:
+        TASKS[run.task]().positions(length)
+    except ValueError as error:
+        parser.error(str(error))
     batch = TASKS[run.task]().batch(chosen.problems, length, generator(run.training.seed, length, "exit rules"))
     table = Table("rule", "accuracy", "all right", "loops", title=f"{run.task}, length {length}")
     with torch.inference_mode():

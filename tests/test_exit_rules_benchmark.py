@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from open_mythos.inference import Engine, SamplingParams
+from open_mythos.inference import Engine, SamplingParams, StateChange
 from open_mythos.recipes.named import named_recipe
 from open_mythos.recipes.run_config import changed
 from open_mythos.recipes.train import train
@@ -18,10 +18,12 @@ from tiny import tiny_config, tiny_model
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "exit_rules.py"
 
 
-@pytest.mark.parametrize("index", range(9))
-def test_positions_stop_where_they_do_in_the_engine(index: int) -> None:
+@pytest.mark.parametrize("state_init", ["input", "zeros"])
+@pytest.mark.parametrize("index", range(10))
+def test_positions_stop_where_they_do_in_the_engine(index: int, state_init: str) -> None:
     script = runpy.run_path(str(SCRIPT))
-    rule, model, exits = script["RULES"][index], tiny_model(tiny_config(halting="none")), set()
+    rule = (*script["RULES"], StateChange(0.9))[index]
+    model, exits = tiny_model(tiny_config(halting="none", state_init=state_init)), set()
     for prompt in ([1, 2, 3], [4], [5, 6, 7, 8]):
         (served,) = Engine(model).generate([prompt], SamplingParams(max_new_tokens=1, n_loops=9, exit_rule=rule))
         state = model.encode(torch.tensor([prompt]))

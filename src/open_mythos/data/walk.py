@@ -19,7 +19,7 @@ class Walk:
     """Ids are the edges, "leaving a, at b" in any order, then "at a" for every node: where do walks from it end?
 
     "At a" is 0 to `nodes` - 1, "leaving a" `nodes` more. The graph consists of paths whose last node leads to itself.
-    `length` is the hops of a path: from its nodes, walks of 0, 1, ..., `length` hops lead to that node.
+    `length` is the hops of a path: its nodes are 0, 1, ..., `length` of them from its last.
     """
 
     nodes: int = 22
@@ -36,9 +36,8 @@ class Walk:
         path = nodes.unflatten(1, (n_paths, length + 1))
         to = torch.cat([path[..., 1:], path[..., -1:]], -1)
         edges = torch.stack([path + self.nodes, to], -1).flatten(1, 2)
-        edges = edges.gather(1, permutations(size, nodes.shape[1], generator).unsqueeze(-1).expand(-1, -1, 2)).flatten(
-            1
-        )
+        order = permutations(size, nodes.shape[1], generator).unsqueeze(-1)
+        edges = edges.gather(1, order.expand(-1, -1, 2)).flatten(1)
         order = permutations(size, nodes.shape[1], generator)
         ends = path[..., -1:].expand_as(path).flatten(1)
         ids = torch.cat([edges, nodes.gather(1, order)], 1)

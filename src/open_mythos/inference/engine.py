@@ -1,7 +1,7 @@
 """Many requests through one model: continuous batching over depth and position.
 
 Main entry: `Engine`. One step is schedule, run, postprocess. A request's result does not depend on its company: exits
-are decided per position, and a halted position is frozen.
+are decided within a request, and a halted position is frozen.
 """
 
 from __future__ import annotations
@@ -265,7 +265,10 @@ class Engine:
                 f"speculation needs a cache in which every loop keeps its own; sharing is {self.cache.layout.sharing}"
             )
         if params.speculation is not None and config.halting == "settled":
-            return "speculation has positions at different loops; halting must be 'act' or 'none', not 'settled'"
+            return (
+                "speculation has positions at different loops, and settling needs them at the same one; halting must "
+                "be 'act' or 'none', not 'settled'"
+            )
         pages = self._pages(prompt, params)
         if pages > self.cache.pages.n_pages:
             parts = f"the request may need {pages * self.cache.layout.page_bytes} bytes of cache"
@@ -286,7 +289,7 @@ class Engine:
             if not self.scheduler.has_pages(job, self._prefixes.n_pages):
                 break
             request = self._requests[self.scheduler.begin().request]
-            if self._reuses:
+            if self._may_reuse(request):
                 request.done = self._prefixes.adopt(request.prompt, _settings(request), request.table)
                 request.encoded = request.done
                 self._stats.reused += request.done
@@ -294,6 +297,10 @@ class Engine:
             self._begun[request.index] = request
             fresh.append(request)
         return fresh
+
+    def _may_reuse(self, request: Request) -> bool:
+        """Rows do not say whether a position that a rule has stopped was still moving, which settling would ask."""
+        return self._reuses and (self.model.config.halting != "settled" or request.params.exit_rule is None)
 
     def _due(self) -> tuple[list[Turn], list[Turn], int]:
         """Whose next positions are final, whose newest is far enough for a guess, and how many requests are looping."""
@@ -374,7 +381,7 @@ class Engine:
         self._stats.positions += n_done
         self._stats.tokens += 1
         request.done += n_done
-        if self._reuses and request.done == len(request.prompt):
+        if self._may_reuse(request) and request.done == len(request.prompt):
             self._prefixes.add(request.prompt, _settings(request), request.table, request.n_loops)
         output.token_ids.append(choice.token)
         output.exit_loops.append(exit_loops)

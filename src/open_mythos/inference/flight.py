@@ -30,7 +30,7 @@ class Flight:
         self.most: Ints = np.empty(0, np.int64)
         """How many it may run."""
         self.reached: Ints = np.empty(0, np.int64)
-        """The most loops that any position before those that were encoded together has run."""
+        """How many loops the last position has run that the request had encoded before."""
         self.active: Bools = np.empty(0, np.bool_)
         """False once it has halted."""
         empty = like.new_empty(0, dim)

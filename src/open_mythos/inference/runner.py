@@ -62,7 +62,7 @@ class Runner:
         e = self._run(_encode, lanes, ids)
         h = self.model.recurrent.initial_state(e)
         counts = [len(at) for at in places]
-        told = [(r.index, r.n_loops, r.table.exits[: r.encoded].max(initial=0)) for r in requests]
+        told = [(r.index, r.n_loops, r.table.exits[r.encoded - 1] if r.encoded else 0) for r in requests]
         owner, most, reached = np.repeat(told, counts, axis=0).T
         self.flight.add(owner, np.concatenate(places), most, reached, h[0], e[0])
         for request in requests:
@@ -124,7 +124,7 @@ class Runner:
         flight, act = self.flight, self.model.recurrent.act
         stops = self._there(flight.loop[lines] + 1 >= flight.most[lines])
         if self.model.config.halting == "settled":
-            stops |= self._there(self._settled(lines, before, after))
+            stops |= self._there(self._at_rest(lines, before, after))
         failures = self._ask_rules(requests, lines, t, before, after, stops)
         flight.h = _put(flight.h, index, after)
         if act is not None:
@@ -137,8 +137,8 @@ class Runner:
         flight.active[lines] = ~stops.cpu().numpy()
         return failures
 
-    def _settled(self, lines: Ints, before: Tensor, after: Tensor) -> Bools:
-        """Which of the lines rest, as does every line before them in their request: all of it is at the same loop."""
+    def _at_rest(self, lines: Ints, before: Tensor, after: Tensor) -> Bools:
+        """Which of the lines rest, as do all before them in their request; what runs of one is at the same loop."""
         flight, t = self.flight, self.flight.loop[lines]
         moved = np.zeros(len(flight), np.bool_)  # those that have halted do not move
         moved[lines] = has_moved(before, after, self.model.config.settle_tolerance).cpu().numpy()
