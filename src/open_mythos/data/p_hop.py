@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from open_mythos.data.batch import IGNORED, Batch
+from open_mythos.data.chains import n_chains
 from open_mythos.data.permutations import permutations
 
 
@@ -53,12 +54,4 @@ class PHop:
         return 2 * self._chains(length) * (length + 1)
 
     def _chains(self, length: int) -> int:
-        """As many as there are names for, but few in short problems: the fewer pairs, the sooner a look-up is learned.
-
-        At least two, as all hops of a single one lead to the first pair.
-        """
-        if self.names < 2 * (length + 2):
-            raise ValueError(
-                f"length is {length}; it must be at most {self.names // 2 - 2}, for two chains with {self.names} names"
-            )
-        return min(length + 1, self.names // (length + 2))
+        return n_chains(length, self.names, length + 2)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from open_mythos.data.batch import IGNORED, Batch
+from open_mythos.data.chains import n_chains
 from open_mythos.data.permutations import permutations
 
 
@@ -53,12 +54,4 @@ class Walk:
         return 3 * self._paths(length) * (length + 1)
 
     def _paths(self, length: int) -> int:
-        """As many as there are nodes for, but few in short problems: the fewer edges, the sooner look-ups are learned.
-
-        At least two, as all walks end at the same node if there is but one.
-        """
-        if self.nodes < 2 * (length + 1):
-            raise ValueError(
-                f"length is {length}; it must be at most {self.nodes // 2 - 1}, for two paths with {self.nodes} nodes"
-            )
-        return min(length + 1, self.nodes // (length + 1))
+        return n_chains(length, self.nodes, length + 1)
