@@ -143,7 +143,7 @@ def test_building_a_model_loads_nothing_beyond_torch_and_safetensors() -> None:
         "import sys; from open_mythos import OpenMythos; print(*{n.split('.')[0] for n in sys.modules})"
     ).split()
     assert "torch" in loaded
-    assert not {"transformers", "matplotlib", "rich", "tyro"} & set(loaded)
+    assert not {"transformers", "matplotlib", "rich", "tyro", "numba"} & set(loaded)
 
 
 @pytest.mark.parametrize("name", open_mythos.__all__)

@@ -364,15 +364,3 @@ def test_the_figures() -> None:
     assert 1 <= stats.occupancy <= 2
     assert stats.tokens_per_second > 0
     assert stats.peak_cache_bytes > 0
-
-
-def test_layers_for_few_lanes_are_kept_for_the_last_numbers_of_lanes_only() -> None:
-    """They hold memory; those used last stay."""
-    runner = Engine(tiny_model(tiny_config()), cache_bytes=2**20).runner
-    first = runner._layers_for(1)
-    for n in range(2, 40):
-        runner._layers_for(n)
-        assert runner._layers_for(1) is first
-    assert len(runner._one_token) == 16
-    runner.rest()
-    assert runner._layers_for(1) is not first

@@ -6,10 +6,9 @@ Main entries: `CacheLayout`, `PagedCache`, `RowTable`.
 from __future__ import annotations
 
 from functools import cached_property
-from math import ceil, lcm, prod
+from math import ceil, lcm
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from open_mythos.config import MythosConfig
@@ -17,9 +16,7 @@ from open_mythos.inference.pages import PageAllocator
 from open_mythos.model.cache import CacheAddress, Entries
 from open_mythos.model.cache_sharing import CacheSharing, EveryLoop
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.model.vectors import Array, as_array
-
-Rows = NDArray[np.int64]
+from open_mythos.model.rows import Array, Rows, as_array
 
 _LEAST_PER_PAGE = 16
 
@@ -76,9 +73,9 @@ class PagedCache:
         return self.pages.n_pages * self.layout.page_rows
 
     @cached_property
-    def _arrays(self) -> dict[str, Array]:
-        """The entries again, for NumPy."""
-        return {name: as_array(tensor) for name, tensor in self._entries.items()}
+    def arrays(self) -> tuple[Array, ...]:
+        """The entries again, for NumPy, (heads, rows, width)."""
+        return tuple(as_array(tensor.view(-1, *tensor.shape[-2:])) for tensor in self._entries.values())
 
     @property
     def bytes_in_use(self) -> int:
@@ -90,19 +87,6 @@ class PagedCache:
         rows = first_rows + self.layout.offset(address)
         for name, tensor in new.items():
             self._entries[name].index_copy_(-2, rows, tensor.movedim(0, -2))
-
-    def append(self, address: CacheAddress, written: Rows, new: Array, first_rows: Rows) -> dict[str, Array]:
-        """`write`, then `read`, on the CPU: entries `new` (n, width) go where rows begin, `written` (n,).
-
-        Returns, by name, (batch, keys, width) or (heads, batch, keys, width) for `first_rows` (batch, keys).
-        """
-        offset, start, found = self.layout.offset(address), 0, dict[str, Array]()
-        for name, shape in self.layout.shapes.items():
-            end, array = start + prod(shape), self._arrays[name]
-            array[..., written + offset, :] = new[:, start:end].reshape(-1, *shape).swapaxes(0, -2)
-            found[name] = array.take(first_rows + offset, -2)
-            start = end
-        return found
 
     def read(self, address: CacheAddress, first_rows: Tensor) -> Entries:
         """Entries (batch, keys, ...) of a layer, for the positions whose rows begin at `first_rows` (batch, keys)."""

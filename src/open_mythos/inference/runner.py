@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from open_mythos.inference.cache import PagedCache
@@ -19,16 +19,10 @@ from open_mythos.inference.exit import ExitRule, LoopView
 from open_mythos.inference.flight import Bools, Flight, Ints
 from open_mythos.inference.request import Request, Turn
 from open_mythos.inference.wave import Lane, WaveContext
-from open_mythos.model.context import ForwardContext, Layer
+from open_mythos.model.context import ForwardContext
+from open_mythos.model.few_rows import FewRows
 from open_mythos.model.halting import has_moved
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.model.one_token import one_token_layers
-
-# Layers for one token hold memory for the number of lanes that they were made for.
-_KEPT_LAYERS = 16
-
-# Up to here, on a CPU, a call's many small operations cost more than their arithmetic (docs/experiments.md).
-_FEW_LANES = 64
 
 
 class Failure(NamedTuple):
@@ -47,11 +41,11 @@ class Runner:
         self._like = model.embed.weight
         self.flight = Flight(model.config.dim, self._like)
         self._constants: dict[Hashable, Tensor] = {}
-        self._one_token: dict[int, dict[nn.Module, Layer]] = {}
+        self._few: FewRows | None = None
 
     def rest(self) -> None:
         """Nothing is being computed: until the next call, weights may change."""
-        self._constants, self._one_token = {}, {}
+        self._constants, self._few = {}, None
 
     def encode(self, requests: Sequence[Request]) -> None:
         """Put the positions of each request that have not been encoded yet into the flight."""
@@ -182,23 +176,13 @@ class Runner:
         if place:
             for table, positions, loop in lanes:
                 table.place(loop, positions)
-        single, n = all(isinstance(lane.positions, int) for lane in lanes), len(lanes)
-        if single and self._compiled is not None:
+        if self._compiled is not None and all(isinstance(lane.positions, int) for lane in lanes):
             return self._compiled(stage, lanes, inputs)
         context = WaveContext(self.model.config, self.cache, lanes, self._like, self._constants)
-        if single and n <= _FEW_LANES:
-            context.one_token = self._layers_for(n)
+        if self._few is None:
+            self._few = FewRows(self.model)
+        context.stand_ins = self._few.layers(context.n_new)
         return stage(self.model, context, *inputs)
-
-    def _layers_for(self, n_lanes: int) -> dict[nn.Module, Layer]:
-        """What stands in for the blocks where as many requests have one position each; the last used are kept."""
-        layers = self._one_token.pop(n_lanes, None)
-        if layers is None:
-            layers = one_token_layers(self.model.blocks(), n_lanes)
-        self._one_token[n_lanes] = layers
-        if len(self._one_token) > _KEPT_LAYERS:
-            del self._one_token[next(iter(self._one_token))]
-        return layers
 
     def _there(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._like.device)

@@ -11,16 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from open_mythos.config import MythosConfig
-from open_mythos.inference.cache import PagedCache, Rows, RowTable
+from open_mythos.inference.cache import PagedCache, RowTable
 from open_mythos.model.cache import CacheAddress, Entries
 from open_mythos.model.context import ForwardContext, Visible
 from open_mythos.model.mask import AttentionMask, OwnMasks, in_reach
 from open_mythos.model.rope import RotaryTable
-from open_mythos.model.vectors import Array, Seen
+from open_mythos.model.rows import Array, Rows, Seen
 
 
 class Lane(NamedTuple):
@@ -38,13 +37,6 @@ class _Group(NamedTuple):
     batch: int
     rows: Tensor
     mask: AttentionMask
-
-
-class _Keys(NamedTuple):
-    """Where the keys of several lanes lie, (lanes, keys), and which of them are theirs; None if all."""
-
-    rows: Rows
-    visible: NDArray[np.bool_] | None
 
 
 class WaveContext(ForwardContext):
@@ -68,18 +60,22 @@ class WaveContext(ForwardContext):
     @cached_property
     def rotary(self) -> RotaryTable | None:
         """Rotations of every lane's positions."""
-        positions = np.concatenate([[at for at, _ in self._singles], *(at for at, _ in self._blocks)])
-        return self._rotary_at(self._there(positions))
+        return self._rotary_at(self._there(self._positions))
 
     @cached_property
-    def rotations(self) -> Array | None:
-        """The rotation of every lane's position, (lanes, dim, dim), where all have but one."""
-        return self._rotations_at([at for at, _ in self._singles])
+    def rotations(self) -> Array:
+        """Cosines and sines of every position, (n_new, dim)."""
+        return self._rotations_at(self._positions.tolist())
 
-    def append(self, address: CacheAddress, rows: Array, window: int | None) -> Seen:
-        """Store the entries of every lane's position, side by side in rows (lanes, width), where all have but one."""
-        keys, bias = self._keys_of_singles, self._bias_of_singles
-        return Seen(self._cache.append(address, self._written_by_singles, rows, keys.rows), bias)
+    @cached_property
+    def _positions(self) -> Rows:
+        """Of every lane, in order."""
+        return np.concatenate([[at for at, _ in self._singles], *(at for at, _ in self._blocks)]).astype(np.int64)
+
+    def seen(self, address: CacheAddress, window: int | None) -> Seen:
+        """Where every position is to be stored, and what it sees."""
+        first_rows, counts = self._keys
+        return Seen(self._cache.arrays, first_rows + self._cache.layout.offset(address), counts)
 
     def attend(
         self,
@@ -101,11 +97,8 @@ class WaveContext(ForwardContext):
     @cached_property
     def _written(self) -> Tensor:
         """Where each position's rows begin."""
-        return self._there(np.concatenate([self._written_by_singles, *(seen[at] for at, seen in self._blocks)]))
-
-    @cached_property
-    def _written_by_singles(self) -> Rows:
-        return np.array([seen[at] for at, seen in self._singles], np.int64)
+        singles = np.array([seen[at] for at, seen in self._singles], np.int64)
+        return self._there(np.concatenate([singles, *(seen[at] for at, seen in self._blocks)]))
 
     @cached_property
     def _groups(self) -> list[_Group]:
@@ -119,28 +112,28 @@ class WaveContext(ForwardContext):
 
     def _side_by_side(self) -> _Group:
         """Lanes of one position each, each with as many keys as the one that sees most."""
-        rows, visible = self._keys_of_singles
+        rows, counts = self._keys_of(self._singles)
         lanes, width = rows.shape
-        if visible is None:
+        visible = np.arange(width) < counts[:, None]
+        if visible.all():
             mask = AttentionMask(1, width, None, self.device, self.dtype)
         else:
             mask = OwnMasks.of(self._there(visible).unsqueeze(1), self.dtype)
         return _Group(slice(0, lanes), lanes, self._there(rows), mask)
 
     @cached_property
-    def _keys_of_singles(self) -> _Keys:
-        """What lanes of one position read."""
-        counts = [at + 1 if self._window is None else min(at + 1, self._window) for at, _ in self._singles]
-        width = max(counts)
-        rows = np.tile(self._written_by_singles[:, None], width)  # a row of its own: what else there is may be NaN
-        for line, (at, seen), count in zip(rows, self._singles, counts, strict=True):
-            line[:count] = seen[at + 1 - count : at + 1]
-        return _Keys(rows, None if min(counts) == width else np.arange(width) < np.array(counts)[:, None])
+    def _keys(self) -> tuple[Rows, Rows]:
+        """`_keys_of` every position."""
+        return self._keys_of([*self._singles, *((int(p), seen) for at, seen in self._blocks for p in at)])
 
-    @cached_property
-    def _bias_of_singles(self) -> Array | None:
-        visible = self._keys_of_singles.visible
-        return None if visible is None else np.where(visible, np.float32(0), np.float32(-np.inf))[:, None]
+    def _keys_of(self, positions: list[tuple[int, Rows]]) -> tuple[Rows, Rows]:
+        """Where the keys begin that positions of tables see, (positions, most keys), and how many each has."""
+        counts = [at + 1 if self._window is None else min(at + 1, self._window) for at, _ in positions]
+        own = np.array([[seen[at]] for at, seen in positions], np.int64)
+        rows = np.tile(own, max(counts))  # its own: what else there is may be NaN
+        for line, (at, seen), count in zip(rows, positions, counts, strict=True):
+            line[:count] = seen[at + 1 - count : at + 1]
+        return rows, np.array(counts)
 
     def _block(self, positions: Rows, seen: Rows, start: int) -> _Group:
         """A lane of several positions, some of those in between perhaps halted."""

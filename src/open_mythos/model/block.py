@@ -38,8 +38,8 @@ class Block(nn.Module):
         self, x: Tensor, context: ForwardContext, address: CacheAddress, active: Tensor | None = None
     ) -> Tensor:
         """(batch, seq, dim) to the same shape; `active` (batch, seq) marks positions that have not halted."""
-        if active is None and self in context.one_token:
-            return context.one_token[self](x, context, address)
+        if active is None and self in context.stand_ins:
+            return context.stand_ins[self](x, context, address)
         attended = self.dropout(self.attn(self.attn_norm(x), context, address, active))
         x = torch.add(x, attended, alpha=self.branch_scale)
         fed = self._feed(self.ffn_norm(x), context, address, active)

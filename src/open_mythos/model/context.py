@@ -5,9 +5,9 @@ Main entry: `ForwardContext`. It belongs to one pass; nothing in it outlives the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from open_mythos.config import MythosConfig
 from open_mythos.model.cache import CacheAddress, Entries, KVStore, PassStore
 from open_mythos.model.mask import AttentionMask
-from open_mythos.model.rope import RotaryTable, rotary_table, rotation_matrix
+from open_mythos.model.rope import RotaryTable, rotary_table, rotation
+from open_mythos.model.rows import Array, Seen
 from open_mythos.model.sequence_store import SequenceStore
-from open_mythos.model.vectors import Array, Seen
 
 
 class Injected(NamedTuple):
@@ -32,11 +32,8 @@ class Injected(NamedTuple):
 Visible = Callable[[tuple[Tensor, ...], Entries, AttentionMask], Tensor]
 """What attention is, given queries (batch, queries, ...), entries (batch, keys, ...), and who of them sees whom."""
 
-
-class Layer(Protocol):
-    """What computes a block's output in the block's place."""
-
-    def __call__(self, x: Tensor, context: ForwardContext, address: CacheAddress) -> Tensor: ...
+StandIn = Callable[..., Tensor]
+"""What computes a module's output, or a loop of the recurrent block, in its place."""
 
 
 class ForwardContext:
@@ -56,8 +53,8 @@ class ForwardContext:
         self.n_new, self.device, self.dtype = n_new, device, dtype
         self.expert_load: dict[CacheAddress, Tensor] | None = None
         """Slots per expert at each address, filled by the layers if it is a dict; None where nobody asks."""
-        self.one_token: Mapping[nn.Module, Layer] = {}
-        """In a pass over one position per sequence: what stands in for a block."""
+        self.stand_ins: Mapping[nn.Module, StandIn] = {}
+        """In a pass over few positions: what stands in for a module."""
         self.injected: Injected | None = None
         self.config = config
         self.constants = {} if constants is None else constants
@@ -74,23 +71,25 @@ class ForwardContext:
             return None
         return rotary_table(positions, config.rotary_dim, config.rotary_base, self.dtype, config.rotary_heads)
 
-    def append(self, address: CacheAddress, rows: Array, window: int | None) -> Seen:
-        """Store the entries of one new position per sequence, side by side in rows (n, width)."""
-        assert isinstance(self.store, SequenceStore), "other stores know no single rows"
-        return Seen(self.store.append(address, rows, self.mask(window).first_key), None)
+    def seen(self, address: CacheAddress, window: int | None) -> Seen:
+        """Where the new positions are to be stored, and what each sees, itself the last."""
+        assert isinstance(self.store, SequenceStore), "other stores know no rows"
+        return self.store.seen(address, self.n_new, window)
 
     @cached_property
-    def rotations(self) -> Array | None:
-        """The rotation of one new position per sequence, (n or 1, dim, dim); None without rotary positions."""
-        return self._rotations_at([self.store.length])
+    def rotations(self) -> Array:
+        """Cosines and sines of the new positions, (n_new, dim); (1, 0) without rotary positions."""
+        return self._rotations_at(range(self.store.length, self.store.length + self.n_new))
 
-    def _rotations_at(self, positions: list[int]) -> Array | None:
+    def _rotations_at(self, positions: Iterable[int]) -> Array:
         config = self.config
         if not config.use_rope:
-            return None
-        dim, base = config.rotary_dim, config.rotary_base
-        matrices = [rotation_matrix(position, dim, base) for position in positions]
-        return matrices[0][None] if len(matrices) == 1 else np.stack(matrices)
+            return np.empty((1, 0), np.float32)
+        return np.stack([rotation(position, config.rotary_dim, config.rotary_base) for position in positions])
+
+    def layer(self, module: nn.Module) -> StandIn:
+        """The module, or what stands in for it."""
+        return self.stand_ins.get(module, module)
 
     def constant(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         """What follows from the weights alone; where no gradients are taken, computed once."""

@@ -33,9 +33,13 @@ class DepthAdapter(nn.Module):
 
     def forward(self, branches: Tensor, t: int | Tensor, context: ForwardContext | None = None) -> Tensor:
         """What to add in loop t for the sum of the block's branches (..., dim)."""
+        return self.up(self.down(branches) * self.scale_in(context, t))
+
+    def scale_in(self, context: ForwardContext | None, t: int | Tensor) -> Tensor:
+        """`scale`, which a context computes once."""
         if context is None or isinstance(t, Tensor):
-            return self.up(self.down(branches) * self.scale(t))
-        return self.up(self.down(branches) * context.constant((self, t), lambda: self.scale(t)))
+            return self.scale(t)
+        return context.constant((self, t), lambda: self.scale(t))
 
 
 class LoopEmbedding(nn.Module):

@@ -22,9 +22,9 @@ from open_mythos.model.checks import check_ids, check_loops, check_sampling
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.evaluation import evaluating
 from open_mythos.model.experts import MoEFFN
+from open_mythos.model.few_rows import FewRows
 from open_mythos.model.init import init_weights
 from open_mythos.model.norm import RMSNorm
-from open_mythos.model.one_token import one_token_layers
 from open_mythos.model.recurrent import RecurrentBlock
 from open_mythos.model.sequence_store import SequenceStore
 
@@ -71,9 +71,9 @@ class OpenMythos(nn.Module):
 
     def encode(self, ids: Tensor, context: ForwardContext | None = None) -> Tensor:
         """The encoded input e (batch, seq, dim) of token ids (batch, seq): embedding, prelude, norm."""
-        x = self.embed(ids) * self.config.dim**0.5
-        x = self._run(self.prelude, "prelude", x, context or self.context(ids.shape[1]))
-        return self.prelude_norm(x)
+        context = context or self.context(ids.shape[1])
+        x = self._run(self.prelude, "prelude", self.embed(ids) * self.config.dim**0.5, context)
+        return context.layer(self.prelude_norm)(x)
 
     def loop_step(
         self, h: Tensor, e: Tensor, t: int, context: ForwardContext | None = None, active: Tensor | None = None
@@ -93,8 +93,9 @@ class OpenMythos(nn.Module):
 
     def features(self, h: Tensor, context: ForwardContext | None = None, *, last: int | None = None) -> Tensor:
         """What `decode` multiplies with the head: coda and norm of a state h, (batch, seq, dim)."""
-        x = self._run(self.coda, "coda", h, context or self.context(h.shape[1]))
-        return self.norm(x if last is None else x[:, -last:])
+        context = context or self.context(h.shape[1])
+        x = self._run(self.coda, "coda", h, context)
+        return context.layer(self.norm)(x if last is None else x[:, -last:])
 
     @property
     def head_weight(self) -> Tensor:
@@ -214,11 +215,11 @@ class OpenMythos(nn.Module):
         """Each step's tokens; evaluation mode and inference mode are the caller's to switch on for every step."""
         loops = check_loops(n_loops, ids, self.config)
         store = SequenceStore(self.config, ids.shape[0], ids.shape[1] + max_new_tokens, self.embed.weight)
-        layers, constants = one_token_layers(self.blocks(), ids.shape[0]), dict[Hashable, Tensor]()
-        new = ids
+        new, constants = ids, dict[Hashable, Tensor]()
+        few = FewRows(self)
         for _ in range(max_new_tokens):
             context = self.context(new.shape[1], store, constants)
-            context.one_token = layers if new.shape[1] == 1 else {}
+            context.stand_ins = few.layers(new.numel())
             result = self.recurrent(self.encode(new, context), loops, context)
             logits = self.decode(result.state, context, last=1)
             store.commit(result.exit_loops)

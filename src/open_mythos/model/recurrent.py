@@ -101,6 +101,8 @@ class RecurrentBlock(nn.Module):
             few = ActiveContext(context, active)
             return few.scatter(self.step(few.gather(h), few.gather(e), t, few), h)
         index = t if own_index is None else own_index
+        if active is None and self in context.stand_ins:
+            return context.stand_ins[self](h, e, t, context, index)
         u = self.injection(h, e, context)
         if self.loop_embedding is not None:
             u = u + self.loop_embedding(index)
@@ -146,7 +148,7 @@ class RecurrentBlock(nn.Module):
                     h = self._recomputed(loop, h, e, context, halted=active is not None)
                 else:
                     h = loop(h, e)
-                p = None if self.act is None else self.act(h)
+                p = None if self.act is None else context.layer(self.act)(h)
                 halting.update(h, p, t)
             if keep_probabilities and p is not None:
                 probabilities.append(p)

@@ -1,6 +1,6 @@
 """Rotary position embedding in the half-rotation layout of Llama (Su et al. 2021, arXiv 2104.09864).
 
-Main entries: `rotary_table` and `apply_rotary`; `rotation_matrix` for one position at a time.
+Main entries: `rotary_table` and `apply_rotary`; `rotation` for one position at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from open_mythos.model.vectors import Array, as_array
+from open_mythos.model.rows import Array, as_array
 
 # Rows shorter than this are too short for the vector loops of a CPU: a product that broadcasts them takes three times
 # as long as one of whole tensors.
@@ -46,22 +46,15 @@ def _frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def rotation_matrix(position: int, dim: int, theta: float) -> Array:
-    """The rotation of one position as a matrix (dim, dim), to multiply rows (..., dim) with; not to be written to."""
-    frequencies, swap = _rotation_parts(dim, theta)
-    angles = np.tile(np.float32(position) * frequencies, 2)
-    matrix: Array = np.diag(np.cos(angles)) + swap * np.sin(angles)
-    matrix.flags.writeable = False  # every loop gets the same one
-    return matrix
+def rotation(position: int, dim: int, theta: float) -> Array:
+    """The cosines, then the sines, of one position's angles, (dim,); not to be written to."""
+    angles = np.float32(position) * _frequencies_of_numpy(dim, theta)
+    return np.concatenate([np.cos(angles), np.sin(angles)])
 
 
 @cache
-def _rotation_parts(dim: int, theta: float) -> tuple[Array, Array]:
-    """Angles per position (dim / 2,), and the matrix (dim, dim) that a sine of 1 would leave of the rotation."""
-    half = np.eye(dim // 2, dtype=np.float32)
-    return as_array(_frequencies(dim, theta, torch.device("cpu"))), np.kron(
-        np.array([[0, 1], [-1, 0]], np.float32), half
-    )
+def _frequencies_of_numpy(dim: int, theta: float) -> Array:
+    return as_array(_frequencies(dim, theta, torch.device("cpu")))
 
 
 def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:

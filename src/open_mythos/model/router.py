@@ -1,6 +1,6 @@
 """Which experts a token goes to, and how the choice is kept balanced.
 
-Main entries: `route`, `route_few`, `balance_step`. A bias decides the choice and never the weights (Wang et al. 2024,
+Main entries: `route`, `balance_step`. A bias decides the choice and never the weights (Wang et al. 2024,
 arXiv 2408.15664).
 """
 
@@ -8,12 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-
-from open_mythos.model.vectors import Array
 
 
 class Routing(NamedTuple):
@@ -37,19 +33,6 @@ def route(logits: Tensor, bias: Tensor, top_k: int, score: str, scale: float) ->
         weights = chosen.sigmoid()
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return Routing(experts, weights * scale)
-
-
-def route_few(logits: Array, bias: Array, top_k: int, score: str, scale: float) -> tuple[NDArray[np.int64], Array]:
-    """`route` for few tokens, in NumPy: experts and weights, both (tokens, experts per token).
-
-    Of experts that rank exactly alike, it may take others.
-    """
-    experts = (logits + bias).argsort(1)[:, -top_k:]
-    chosen = logits[np.arange(len(logits))[:, None], experts].astype(np.float64)
-    raw = chosen - chosen.max(1, keepdims=True) if score == "softmax" else -np.logaddexp(0, -chosen)
-    weights = np.exp(raw)
-    weights *= scale / (weights.sum(1, keepdims=True) + 1e-20)
-    return experts, weights.astype(np.float32)
 
 
 def count_load(experts: Tensor, n_experts: int, counted: Tensor | None = None) -> Tensor:

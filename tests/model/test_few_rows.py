@@ -1,4 +1,4 @@
-"""Generating goes token by token through `OneTokenBlock`, and gives the logits of the full forward."""
+"""Generating goes through `FewRowsBlock` where positions are few, and gives the logits of the full forward."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from open_mythos.model import mythos
+from open_mythos.model import few_rows, mythos
+from open_mythos.model.few_rows_block import FewRowsBlock
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.model.one_token import OneTokenBlock
 from tiny import random_ids, tiny_config, tiny_model
 
 SEQ = 14
@@ -64,9 +64,14 @@ def test_every_step_equals_the_full_forward(
     assert_every_step_equals_the_full_forward(model, n_loops, forced)
 
 
+@pytest.mark.parametrize("few", [0, 6, 64])
 @pytest.mark.parametrize(("prompt", "batch"), [(5, 1), (13, 1), (1, 3), (4, 2)])
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
-def test_prompts_and_batches_share_the_store(attn_type: str, prompt: int, batch: int, forced: list[Tensor]) -> None:
+def test_prompts_and_batches_share_the_store(
+    attn_type: str, prompt: int, batch: int, few: int, forced: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With prompts and tokens that are many, prompts that are and tokens that are not, and none that are."""
+    monkeypatch.setattr(few_rows, "_MOST", few)
     model = tiny_model(tiny_config(attn_type, window=4))
     assert_every_step_equals_the_full_forward(model, 6, forced, prompt, batch)
 
@@ -82,23 +87,26 @@ def test_the_models_here_halt_at_different_loops() -> None:
 
 def _count_calls(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     calls: list[None] = []
-    original = OneTokenBlock.__call__
+    original = FewRowsBlock.add_to
 
-    def counted(self: OneTokenBlock, *arguments: Any) -> Tensor:
+    def counted(self: FewRowsBlock, *arguments: Any) -> None:
         calls.append(None)
-        return original(self, *arguments)
+        original(self, *arguments)
 
-    monkeypatch.setattr(OneTokenBlock, "__call__", counted)
+    monkeypatch.setattr(FewRowsBlock, "add_to", counted)
     return calls
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_float32_on_a_cpu_takes_the_fast_way(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prelude, coda and three loops for each of four tokens; the fifth pass is the prompt's."""
+    """Prelude, coda and three loops for the prompt and each of four tokens; a prompt that is not short goes another."""
     calls = _count_calls(monkeypatch)
     model = tiny_model(tiny_config(halting="none"))
     model.generate(random_ids(model.config, batch, 4), 5, n_loops=3)
-    assert len(calls) == 4 * (1 + 3 + 1)
+    assert len(calls) == 5 * (1 + 3 + 1)
+    monkeypatch.setattr(few_rows, "_MOST", 4 * batch - 1)
+    model.generate(random_ids(model.config, batch, 4), 5, n_loops=3)
+    assert len(calls) == 9 * (1 + 3 + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
