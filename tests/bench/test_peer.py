@@ -72,7 +72,14 @@ def test_a_failed_installation_is_told_with_the_installers_last_line(
 
 
 def test_without_any_installer_it_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("open_mythos.bench.peer.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("open_mythos.bench.peer._has_pip", lambda: False)
     monkeypatch.setattr("open_mythos.bench.peer.shutil.which", lambda _: None)
     with pytest.raises(PeerUnavailableError, match=f"neither pip nor uv is there to install {PEER}"):
         load_peer(tmp_path / "peer")
+
+
+def test_looking_for_pip_leaves_setuptools_importable(tmp_path: Path) -> None:
+    """The import system, asked for pip, takes setuptools for a part of pip: `torch.compile` then fails."""
+    pytest.importorskip("setuptools")
+    code = "from open_mythos.bench.peer import _has_pip; _has_pip(); import setuptools"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)

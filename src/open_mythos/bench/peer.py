@@ -6,6 +6,7 @@ name; nothing but the benchmark ever sees it.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import shutil
 import subprocess
@@ -37,8 +38,16 @@ def load_peer(directory: Path) -> ModuleType:
     return module
 
 
+def _has_pip() -> bool:
+    """Asked of its files: to ask the import system makes setuptools, and with it `torch.compile`, fail on Python 3.11."""
+    try:
+        return importlib.metadata.distribution("pip") is not None
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def _install(directory: Path) -> None:
-    if importlib.util.find_spec("pip") is not None:
+    if _has_pip():
         installer = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     elif shutil.which("uv"):
         installer = ["uv", "pip", "install", "--quiet"]
