@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from open_mythos.model.kernels import rotate as rotate_in_place
-from open_mythos.model.rope import apply_rotary, rotary_table, rotation
+from open_mythos.model.rope import apply_rotary, rotary_table, rotations
 from reference.elementary import rotate
 
 
@@ -58,5 +59,5 @@ def test_the_kernel_rotates_in_place_as_the_table_does(position: int) -> None:
     x = torch.randn(1, 5, 16)
     table = rotary_table(torch.tensor([position]), 16, 10_000.0, torch.float32)
     array = x[0].numpy().copy()
-    rotate_in_place(array, rotation(position, 16, 10_000.0), array)
+    rotate_in_place(array, rotations(np.array([position]), 16, 10_000.0)[0], array)
     torch.testing.assert_close(torch.from_numpy(array), apply_rotary(x, table)[0], atol=1e-5, rtol=0)

@@ -39,7 +39,7 @@ def load_peer(directory: Path) -> ModuleType:
 
 
 def _has_pip() -> bool:
-    """Asked of its files: to ask the import system makes setuptools, and with it `torch.compile`, fail on Python 3.11."""
+    """Asked of its files: asking the import system makes setuptools, and so `torch.compile`, fail on Python 3.11."""
     try:
         return importlib.metadata.distribution("pip") is not None
     except importlib.metadata.PackageNotFoundError:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from rich.console import Console
 
 from open_mythos.cli.generate_batch import encode, engine_for, read_prompts, write_texts
 from open_mythos.cli.generate_display import Display
@@ -117,7 +118,8 @@ def _write(model: OpenMythos, tokenizer: TextTokenizer, prompt: str, wishes: Sam
     ids = encode(tokenizer, prompt, model.config.max_seq_len)
     engine = engine_for(model, tokenizer, [ids], wishes)
     events = stream_long(engine, [ids], [wishes])
-    first = next(events)  # whatever is wrong is said before anything is printed
+    with Console(stderr=True).status("Reading the prompt. On a CPU, the first run of all compiles for some seconds."):
+        first = next(events)  # whatever is wrong is said before anything is printed
     if first.error is not None:
         raise ValueError(first.error)
     display = Display(tokenizer, wishes.most_loops(model.config), show_exits)

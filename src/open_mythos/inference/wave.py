@@ -65,7 +65,7 @@ class WaveContext(ForwardContext):
     @cached_property
     def rotations(self) -> Array:
         """Cosines and sines of every position, (n_new, dim)."""
-        return self._rotations_at(self._positions.tolist())
+        return self._rotations_at(self._positions)
 
     @cached_property
     def _positions(self) -> Rows:

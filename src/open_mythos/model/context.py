@@ -5,7 +5,7 @@ Main entry: `ForwardContext`. It belongs to one pass; nothing in it outlives the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from open_mythos.config import MythosConfig
 from open_mythos.model.cache import CacheAddress, Entries, KVStore, PassStore
 from open_mythos.model.mask import AttentionMask
-from open_mythos.model.rope import RotaryTable, rotary_table, rotation
-from open_mythos.model.rows import Array, Seen
+from open_mythos.model.rope import RotaryTable, rotary_table, rotations
+from open_mythos.model.rows import Array, Rows, Seen
 from open_mythos.model.sequence_store import SequenceStore
 
 
@@ -79,13 +79,13 @@ class ForwardContext:
     @cached_property
     def rotations(self) -> Array:
         """Cosines and sines of the new positions, (n_new, dim); (1, 0) without rotary positions."""
-        return self._rotations_at(range(self.store.length, self.store.length + self.n_new))
+        return self._rotations_at(np.arange(self.store.length, self.store.length + self.n_new))
 
-    def _rotations_at(self, positions: Iterable[int]) -> Array:
+    def _rotations_at(self, positions: Rows) -> Array:
         config = self.config
         if not config.use_rope:
             return np.empty((1, 0), np.float32)
-        return np.stack([rotation(position, config.rotary_dim, config.rotary_base) for position in positions])
+        return rotations(positions, config.rotary_dim, config.rotary_base)
 
     def layer(self, module: nn.Module) -> StandIn:
         """The module, or what stands in for it."""

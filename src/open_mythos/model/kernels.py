@@ -17,6 +17,8 @@ from open_mythos.model.rows import Array, Rows
 
 _Function = TypeVar("_Function", bound=Callable[..., None])
 
+# Arrays are filled number by number: assigning one to a slice takes Numba ten seconds to compile.
+
 # Sums may be taken in any order, as vector instructions need it; NaN and infinity keep their meaning.
 _REORDERED = {"reassoc", "contract", "nsz", "arcp"}
 
@@ -86,14 +88,15 @@ def place_latent(
     rotation; gain is (rank,), queries are (n, heads, rank + rope).
     """
     n, width = row.shape
-    rank = gain.shape[0]
-    rope = width - rank
-    first = down.shape[1] - width
+    heads, rank = queries.shape[1], gain.shape[0]
+    first, nope = down.shape[1] - width, q.shape[2] - (width - rank)
     rms_norm(down[:, first:], gain, eps, row[:, :rank])
-    row[:, rank:] = down[:, first + rank :]
-    queries[:, :, rank:] = q[:, :, q.shape[2] - rope :]
-    if rotations.shape[1]:
-        for i in range(n):
+    for i in range(n):
+        for j in range(width - rank):
+            row[i, rank + j] = down[i, first + rank + j]
+            for h in range(heads):
+                queries[i, h, rank + j] = q[i, h, nope + j]
+        if rotations.shape[1]:
             rotation = rotations[i % rotations.shape[0]]
             rotate(row[i : i + 1, rank:], rotation, row[i : i + 1, rank:])
             rotate(queries[i, :, rank:], rotation, queries[i, :, rank:])
@@ -236,7 +239,8 @@ def dispatch(x: Array, experts: Rows, ends: Rows, slots: Rows, rows: Array) -> N
         for s in range(top_k):
             place = ends[experts[i, s]]
             slots[i, s] = place
-            rows[place] = x[i]
+            for j in range(x.shape[1]):
+                rows[place, j] = x[i, j]
             ends[experts[i, s]] += 1
 
 

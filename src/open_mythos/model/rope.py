@@ -1,18 +1,18 @@
 """Rotary position embedding in the half-rotation layout of Llama (Su et al. 2021, arXiv 2104.09864).
 
-Main entries: `rotary_table` and `apply_rotary`; `rotation` for one position at a time.
+Main entries: `rotary_table` and `apply_rotary`; `rotations` where positions are few.
 """
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from open_mythos.model.rows import Array, as_array
+from open_mythos.model.rows import Array, Rows, as_array
 
 # Rows shorter than this are too short for the vector loops of a CPU: a product that broadcasts them takes three times
 # as long as one of whole tensors.
@@ -45,11 +45,10 @@ def _frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
     return theta ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
 
 
-@lru_cache(maxsize=256)
-def rotation(position: int, dim: int, theta: float) -> Array:
-    """The cosines, then the sines, of one position's angles, (dim,); not to be written to."""
-    angles = np.float32(position) * _frequencies_of_numpy(dim, theta)
-    return np.concatenate([np.cos(angles), np.sin(angles)])
+def rotations(positions: Rows, dim: int, theta: float) -> Array:
+    """The cosines, then the sines, of the angles of positions (n,), for `kernels`; (n, dim)."""
+    angles = positions.astype(np.float32)[:, None] * _frequencies_of_numpy(dim, theta)
+    return np.concatenate([np.cos(angles), np.sin(angles)], 1)
 
 
 @cache
