@@ -46,11 +46,15 @@ def validity(tokens: Sequence[int]) -> int:
     return 3 if ")" in left else 2 if left else 1
 
 
-def symbol_backwards(tokens: Sequence[int]) -> int | None:
-    """The blank number k asks for the symbol k from the end."""
-    symbols = [token for token in tokens if token]
-    blanks = len(tokens) - len(symbols)
-    return symbols[-blanks] if blanks else None
+def last_symbol_waiting(tokens: Sequence[int]) -> int | None:
+    """Symbols pile up, and every blank takes the topmost away."""
+    pile: list[int] = []
+    taken = None
+    for token in tokens:
+        taken = None if token else pile.pop()
+        if token:
+            pile.append(token)
+    return taken
 
 
 def end_of_walk(nodes: int) -> Answer:
@@ -85,7 +89,7 @@ def naive(name: str, length: int) -> tuple[Task, Answer]:
         "dyck": (Dyck(), validity),
         "p_hop": (PHop(names=42), end_of_hops),
         "parity": (Parity(), sum_so_far(2)),
-        "reverse": (Reverse(), symbol_backwards),
+        "reverse": (Reverse(), last_symbol_waiting),
         "sums": (RunningSums(), sum_so_far(3)),
         "walk": (Walk(nodes=40), end_of_walk(40)),
     }[name]
@@ -161,3 +165,12 @@ def test_no_token_of_p_hop_is_there_three_times() -> None:
     for row in PHop().batch(16, 3, torch.Generator().manual_seed(0)).ids.tolist():
         assert max(row.count(token) for token in row) == 2
         assert all(one != other for one, other in pairwise(row))
+
+
+@pytest.mark.parametrize("waiting", [1, 3, 20])
+def test_few_symbols_wait_to_be_said_backwards_and_none_is_left(waiting: int) -> None:
+    ids = Reverse(waiting=waiting).batch(200, 12, torch.Generator().manual_seed(0)).ids
+    piles = torch.where(ids > 0, 1, -1).cumsum(1)
+    assert int(piles.min()) == 0
+    assert int(piles.max()) == min(waiting, 12)
+    assert not piles[:, -1].any()

@@ -1,7 +1,7 @@
-"""Reversal: say a string backwards.
+"""Reversal: say a string backwards, piece by piece.
 
-Main entry: `Reverse`. A symbol stands up to twice the length away from where it is asked for, so a model that carries
-information a few positions per loop needs loops in proportion to the length.
+Main entry: `Reverse`. A symbol may wait from the first position to the last while others come and go, so a model that
+carries information a few positions per loop needs loops in proportion to the length.
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ _BLANK = 0
 
 @dataclass(frozen=True)
 class Reverse:
-    """Ids are symbols from 1 to `symbols` and as many blanks (0), which ask for the symbols, the last one first."""
+    """Ids are symbols from 1 to `symbols` and as many blanks (0): each asks for the last symbol not yet asked for.
+
+    At most `waiting` symbols wait to be asked for at a time, and at the end none does. How many symbols come in a row
+    differs from string to string.
+    """
 
     symbols: int = 4
+    waiting: int = 3
     positions_per_loop: int = 4
     """How far one loop is expected to carry a symbol; sets the loops that a length is trained with."""
 
@@ -29,14 +34,26 @@ class Reverse:
         return self.symbols + 1
 
     def batch(self, size: int, length: int, generator: torch.Generator) -> Batch:
-        """Random strings, (size, 2 * length)."""
-        string = torch.randint(1, self.symbols + 1, (size, length), generator=generator)
-        ids = torch.cat([string, torch.full_like(string, _BLANK)], 1)
-        targets = torch.cat([torch.full_like(string, IGNORED), string.flip(1)], 1)
-        return Batch(ids, targets, torch.full((size,), self.loops(length)))
+        """Random strings of `length` symbols, (size, 2 * length)."""
+        n_positions = 2 * length
+        share = 0.2 + 0.6 * torch.rand(size, generator=generator)
+        wanted = torch.rand((n_positions, size), generator=generator) < share
+        symbols = torch.randint(1, self.symbols + 1, (n_positions, size), generator=generator)
+        stack, height = torch.zeros((size, self.waiting), dtype=torch.int64), torch.zeros((size, 1), dtype=torch.int64)
+        ids, targets = [], []
+        for position, (symbol, want) in enumerate(zip(symbols.unsqueeze(-1), wanted.unsqueeze(-1), strict=True)):
+            room = (height < self.waiting) & (height < n_positions - position)
+            comes = room & (want | (height == 0))
+            top = height - (~comes).long()
+            asked = stack.gather(1, top)
+            stack = stack.scatter(1, top, torch.where(comes, symbol, asked))
+            height = top + comes
+            ids.append(torch.where(comes, symbol, _BLANK))
+            targets.append(torch.where(comes, IGNORED, asked))
+        return Batch(torch.cat(ids, 1), torch.cat(targets, 1), torch.full((size,), self.loops(length)))
 
     def loops(self, length: int) -> int:
-        """As many as it takes from the first symbol to the last blank."""
+        """As many as it takes from the first position to the last."""
         return -(-self.positions(length) // self.positions_per_loop)
 
     def positions(self, length: int) -> int:

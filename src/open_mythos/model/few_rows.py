@@ -39,7 +39,8 @@ class FewRows:
 
     def __init__(self, model: nn.Module) -> None:
         """Made for the model's modules and weights as they are now; weights may change in place."""
-        plain = [module for module in model.modules() if _is_plain(module)]
+        plain: list[nn.Module] = []
+        _collect(model, plain)
         self._layers = _stand_ins(plain) if plain else {}
 
     def layers(self, n_positions: int) -> dict[nn.Module, StandIn]:
@@ -68,11 +69,12 @@ def _stand_ins(modules: list[nn.Module]) -> dict[nn.Module, StandIn]:
     return layers
 
 
-def _is_plain(module: nn.Module) -> bool:
-    for part in module.modules():
-        asks_itself = part is module and isinstance(part, _ASKS_ITSELF)
-        if type(part) not in _KNOWN or "forward" in vars(part):
-            return False
-        if not asks_itself and (part._forward_hooks or part._forward_pre_hooks):
-            return False
-    return all(p.dtype == torch.float32 and p.device.type == "cpu" for p in module.parameters())
+def _collect(module: nn.Module, plain: list[nn.Module]) -> bool:
+    """Add to `plain` the module and its parts where all in them is known; whether the module is, and has no hooks."""
+    parts = [_collect(part, plain) for part in module.children()]
+    known = type(module) in _KNOWN and "forward" not in vars(module) and all(parts)
+    known = known and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in module.parameters(recurse=False))
+    hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+    if known and (not hooked or isinstance(module, _ASKS_ITSELF)):
+        plain.append(module)
+    return known and not hooked
