@@ -22,7 +22,7 @@ from open_mythos.training.depth import Asked
 from open_mythos.training.records import Observer, StepRecord
 from open_mythos.training.trainer import Trainer
 
-RECIPES = ("parity", "addition", "sums", "dyck", "p_hop", "walk")
+RECIPES = ("parity", "addition", "sums", "dyck", "reverse", "p_hop", "walk")
 
 
 class Figures(NamedTuple):

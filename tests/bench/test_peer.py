@@ -78,8 +78,8 @@ def test_without_any_installer_it_is_told_too(tmp_path: Path, monkeypatch: pytes
         load_peer(tmp_path / "peer")
 
 
-def test_looking_for_pip_leaves_setuptools_importable(tmp_path: Path) -> None:
+def test_looking_for_pip_leaves_setuptools_importable() -> None:
     """The import system, asked for pip, takes setuptools for a part of pip: `torch.compile` then fails."""
     pytest.importorskip("setuptools")
     code = "from open_mythos.bench.peer import _has_pip; _has_pip(); import setuptools"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -87,7 +87,7 @@ def _engine(**changes) -> Engine:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_lies_in_rows_that_nobody_wrote_does_no_harm(dtype: torch.dtype) -> None:
-    """A weight of 0 does not take a NaN away; float32 takes the layers for one token, float64 the general ones."""
+    """A weight of 0 does not take a NaN away; float32 takes the kernels for few positions, float64 the general way."""
     model = tiny_model(tiny_config(halting="none")).to(dtype)
     prompts, params = [[1, 2, 3, 4], [5], [6, 7]], SamplingParams(max_new_tokens=4, n_loops=2, logprobs=True)
     expected = Engine(model, cache_bytes=2**20).generate(prompts, params)
@@ -364,3 +364,17 @@ def test_the_figures() -> None:
     assert 1 <= stats.occupancy <= 2
     assert stats.tokens_per_second > 0
     assert stats.peak_cache_bytes > 0
+
+
+def test_weights_changed_after_a_stream_was_left_are_seen() -> None:
+    """Nothing that follows from the weights is kept from one request to the next."""
+    model, params = tiny_model(tiny_config()), SamplingParams(max_new_tokens=6, n_loops=3, logprobs=True)
+    engine = Engine(model, cache_bytes=2**20, reuse_prefixes=False)
+    stream = engine.stream([[1, 2, 3]], params)
+    next(stream)
+    stream.close()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-0.7)
+    (found,), (expected,) = (e.generate([[1, 2, 3]], params) for e in (engine, Engine(model, cache_bytes=2**20)))
+    assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-5)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,6 +30,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"n_shared_experts": 2},
     {"use_rope": False, "attention_sink": False, "qk_norm": False, "tie_embeddings": False},
     {"n_kv_heads": 4, "state_init": "zeros"},
+    {"halting": "settled", "settle_tolerance": 0.3, "lora_rank": 0, "loop_embedding": False},
 ]
 
 
@@ -107,6 +111,9 @@ def test_float32_on_a_cpu_takes_the_fast_way(batch: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(few_rows, "_MOST", 4 * batch - 1)
     model.generate(random_ids(model.config, batch, 4), 5, n_loops=3)
     assert len(calls) == 9 * (1 + 3 + 1)
+    monkeypatch.setattr(few_rows, "_MOST_PAIRS", 6 * batch)
+    model.generate(random_ids(model.config, batch, 4), 5, n_loops=3)
+    assert len(calls) == 11 * (1 + 3 + 1), "tokens that see 5 and 6 keys, and not those that see 7 and 8"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -115,6 +122,51 @@ def test_other_types_take_the_general_way(dtype: torch.dtype, monkeypatch: pytes
     model = tiny_model(tiny_config()).to(dtype)
     assert model.generate(random_ids(model.config, 1, 4), 3, n_loops=3, temperature=0).shape == (1, 7)
     assert not calls
+
+
+def test_other_types_do_without_numba() -> None:
+    code = (
+        "import sys, torch; from open_mythos import MythosConfig, OpenMythos; "
+        "model = OpenMythos(MythosConfig(vocab_size=8, dim=16)).bfloat16(); "
+        "model.generate(torch.tensor([[1, 2]]), 3, n_loops=2); assert 'numba' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class _Subclass(Tensor):
+    """Float32 on a CPU by what it says, and something else inside, as quantisation libraries make them."""
+
+
+def _with_bias(model: OpenMythos) -> None:
+    model.recurrent.adapter.down = torch.nn.Linear(16, model.config.lora_rank, bias=True)
+    model.recurrent.block.attn.out = torch.nn.Linear(16, 16, bias=True)
+
+
+def _with_a_subclass(model: OpenMythos) -> None:
+    out = model.recurrent.block.attn.out
+    out.weight = torch.nn.Parameter(out.weight.data.as_subclass(_Subclass))
+
+
+@pytest.mark.parametrize("change", [_with_bias, _with_a_subclass], ids=["bias", "subclass"])
+@torch.no_grad()
+def test_what_only_looks_plain_computes_for_itself(
+    change: Callable[[OpenMythos], None], forced: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(tiny_config())
+    change(model)
+    calls = _count_calls(monkeypatch)
+    assert_every_step_equals_the_full_forward(model, 3, forced)
+    assert len(calls) == (SEQ - 1) * 2, "prelude and coda, no loops"
+
+
+def test_the_default_type_is_nobodys_business() -> None:
+    model, before = tiny_model(tiny_config()), torch.get_default_dtype()
+    expected = model.generate(random_ids(model.config, 1, 4), 3, n_loops=2, temperature=0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(model.generate(random_ids(model.config, 1, 4), 3, n_loops=2, temperature=0), expected)
+    finally:
+        torch.set_default_dtype(before)
 
 
 class _Wrapped(torch.nn.Linear):

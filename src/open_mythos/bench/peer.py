@@ -41,9 +41,10 @@ def load_peer(directory: Path) -> ModuleType:
 def _has_pip() -> bool:
     """Asked of its files: asking the import system makes setuptools, and so `torch.compile`, fail on Python 3.11."""
     try:
-        return importlib.metadata.distribution("pip") is not None
+        importlib.metadata.distribution("pip")
     except importlib.metadata.PackageNotFoundError:
         return False
+    return True
 
 
 def _install(directory: Path) -> None:

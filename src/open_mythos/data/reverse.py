@@ -23,7 +23,7 @@ class Reverse:
     differs from string to string.
     """
 
-    symbols: int = 4
+    symbols: int = 2
     waiting: int = 3
     positions_per_loop: int = 4
     """How far one loop is expected to carry a symbol; sets the loops that a length is trained with."""

@@ -166,8 +166,6 @@ class Engine:
                 events = self._turn(final, guessing, fresh)
             else:
                 events = self._loop(n_looping)
-        if not self.busy:
-            self.runner.rest()
         self._stats.seconds += time.perf_counter() - begin
         return events
 
@@ -210,6 +208,8 @@ class Engine:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"params has {len(each)} entries; it must have one for each of the {len(prompts)} prompts")
+        if not self.busy:
+            self.runner.rest()
         requests = [self._request(list(prompt), one) for prompt, one in zip(prompts, each, strict=True)]
         for request in requests:
             if request.output.finish_reason is None:

@@ -44,7 +44,7 @@ class Runner:
         self._few: FewRows | None = None
 
     def rest(self) -> None:
-        """Nothing is being computed: until the next call, weights may change."""
+        """Nothing is being computed, and weights may have changed."""
         self._constants, self._few = {}, None
 
     def encode(self, requests: Sequence[Request]) -> None:
@@ -181,7 +181,7 @@ class Runner:
         context = WaveContext(self.model.config, self.cache, lanes, self._like, self._constants)
         if self._few is None:
             self._few = FewRows(self.model)
-        context.stand_ins = self._few.layers(context.n_new)
+        context.stand_ins = self._few.stand_ins(context.n_new, context.longest)
         return stage(self.model, context, *inputs)
 
     def _there(self, array: np.ndarray) -> Tensor:

@@ -57,6 +57,12 @@ class WaveContext(ForwardContext):
         self._singles = [(at, table.seen(loop)) for table, at, loop in lanes if isinstance(at, int)]
         self._blocks = [(at, table.seen(loop)) for table, at, loop in lanes if not isinstance(at, int)]
 
+    @property
+    def longest(self) -> int:
+        """How many keys the position sees that sees most of them."""
+        n_keys = int(self._positions.max()) + 1
+        return n_keys if self._window is None else min(n_keys, self._window)
+
     @cached_property
     def rotary(self) -> RotaryTable | None:
         """Rotations of every lane's positions."""
@@ -73,7 +79,7 @@ class WaveContext(ForwardContext):
         return np.concatenate([[at for at, _ in self._singles], *(at for at, _ in self._blocks)]).astype(np.int64)
 
     def seen(self, address: CacheAddress, window: int | None) -> Seen:
-        """Where every position is to be stored, and what it sees."""
+        """Where every position is to be stored, and what it sees; the window is that of the wave's stage."""
         first_rows, counts = self._keys
         return Seen(self._cache.arrays, first_rows + self._cache.layout.offset(address), counts)
 

@@ -60,6 +60,12 @@ class ForwardContext:
         self.constants = {} if constants is None else constants
         self._masks: dict[int | None, AttentionMask] = {}
 
+    @property
+    def longest(self) -> int:
+        """How many keys the position sees that sees most of them."""
+        n_keys, outer, loop = self.store.length + self.n_new, self.config.outer_reach, self.config.loop_reach
+        return n_keys if outer is None or loop is None else min(n_keys, max(outer, loop))
+
     @cached_property
     def rotary(self) -> RotaryTable | None:
         """Rotations of the new positions; None in a model without rotary positions."""

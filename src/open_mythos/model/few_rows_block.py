@@ -89,7 +89,7 @@ class _Experts:
     """The routed experts, each on the rows that chose it."""
 
     def __init__(self, moe: MoEFFN, scratch: Scratch) -> None:
-        self._topk, self._softmax, self._scale = moe.topk, moe.score == "softmax", moe.scale
+        self._topk, self._softmax, self._scale = moe.topk, moe.score == "softmax", float(moe.scale)
         self._router, self._bias = Product(moe.router.weight, scratch, "logits"), as_array(moe.router_bias)
         self._gates, self._ups, self._downs = list(moe.gate.detach()), list(moe.up.detach()), list(moe.down.detach().mT)
         self._ends = np.empty(moe.n_experts, np.int64)

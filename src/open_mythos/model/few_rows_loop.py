@@ -83,4 +83,4 @@ class FewRowsHalting:
 
 
 def _rows(x: Tensor) -> Array:
-    return as_array(x.view(-1, x.shape[-1]))
+    return as_array(x.contiguous().view(-1, x.shape[-1]))

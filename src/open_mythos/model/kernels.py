@@ -1,4 +1,4 @@
-"""What stands between the products of a decoding step: loops over a few rows, compiled by Numba when first called.
+"""What stands between the products of a pass over few positions: loops over rows, compiled by Numba when first called.
 
 On a CPU, an operation of PyTorch or NumPy costs microseconds however small it is, and a step of a small model makes
 hundreds. A kernel does the work of five to twenty in the time of one. Importing this module imports Numba, which takes
@@ -17,7 +17,7 @@ from open_mythos.model.rows import Array, Rows
 
 _Function = TypeVar("_Function", bound=Callable[..., None])
 
-# Arrays are filled number by number: assigning one to a slice takes Numba ten seconds to compile.
+# Arrays are copied number by number: assigning an array to a slice takes Numba ten seconds to compile.
 
 # Sums may be taken in any order, as vector instructions need it; NaN and infinity keep their meaning.
 _REORDERED = {"reassoc", "contract", "nsz", "arcp"}
@@ -60,7 +60,7 @@ def rotate(x: Array, rotation: Array, out: Array) -> None:
 def place_heads(heads: Array, normed: bool, gain: Array, eps: np.float32, rotations: Array) -> None:
     """RMS norm, gain (queries and keys, dim) and rotation of the first of all heads (n, heads, dim), in place.
 
-    Rotations are (n, dim), or (1, dim) where all are the same, or (1, 0) for none.
+    Rotations are those of one sequence's positions, (n or fewer, dim), the same for all sequences; (1, 0) for none.
     """
     n = heads.shape[0]
     n_heads, dim = gain.shape

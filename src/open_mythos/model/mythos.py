@@ -154,10 +154,6 @@ class OpenMythos(nn.Module):
             logits, result.ponder_cost, result.exit_loops, result.halting_probabilities, load, result.state
         )
 
-    def blocks(self) -> list[Block]:
-        """All layers, in the order in which a pass first runs them."""
-        return [module for module in self.modules() if isinstance(module, Block)]
-
     def balance(self, load: Tensor) -> None:
         """One step of every router bias against the slots that experts received, (layers, experts)."""
         for block, received in zip(self.recurrent.blocks, load, strict=True):
@@ -219,7 +215,7 @@ class OpenMythos(nn.Module):
         few = FewRows(self)
         for _ in range(max_new_tokens):
             context = self.context(new.shape[1], store, constants)
-            context.stand_ins = few.layers(new.numel())
+            context.stand_ins = few.stand_ins(new.numel(), context.longest)
             result = self.recurrent(self.encode(new, context), loops, context)
             logits = self.decode(result.state, context, last=1)
             store.commit(result.exit_loops)

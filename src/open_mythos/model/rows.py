@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Array: TypeAlias = npt.NDArray[np.float32]
 Rows: TypeAlias = npt.NDArray[np.int64]
@@ -49,7 +49,7 @@ class Buffer:
     """Memory for at most `most` rows, written anew in every pass."""
 
     def __init__(self, most: int, width: int) -> None:
-        self._whole = torch.empty(most, width)
+        self._whole = torch.empty(most, width, dtype=torch.float32, device="cpu")
         self._parts: dict[int, Shared] = {}
 
     def __call__(self, n: int) -> Shared:
@@ -103,7 +103,7 @@ def add_product(stream: Tensor, x: Tensor, weight: Tensor, scale: float) -> None
         stream.addmm_(x, weight.mT, alpha=scale)
 
 
-def as_array(weight: nn.Parameter | Tensor) -> Array:
-    """The weight itself, not a copy."""
-    array: Array = weight.detach().numpy()
+def as_array(tensor: Tensor) -> Array:
+    """The numbers themselves, not a copy."""
+    array: Array = tensor.detach().numpy()
     return array

@@ -52,7 +52,7 @@ class SequenceStore:
         self._shapes = config.cache_widths
         self._batch, self._capacity, self._like = batch, capacity, like
         self._slots: dict[CacheAddress, _Slot] = {}
-        self._rows: dict[int | None, tuple[Rows, Rows]] = {}
+        self._rows: dict[tuple[int, int | None], tuple[Rows, Rows]] = {}
         self.length = 0
         self.reached: Tensor | None = None
 
@@ -84,12 +84,12 @@ class SequenceStore:
 
     def _rows_seen(self, n_new: int, window: int | None) -> tuple[Rows, Rows]:
         """Where the positions lie that each new one sees, and how many they are; what is behind them has no meaning."""
-        if window not in self._rows:
+        if (n_new, window) not in self._rows:
             ends = np.arange(self.length, self.length + n_new) + 1
             counts = ends if window is None else np.minimum(ends, window)
             starts = np.arange(self._batch)[:, None] * self._capacity + ends - counts
-            self._rows[window] = starts.reshape(-1, 1) + np.arange(counts.max()), np.tile(counts, self._batch)
-        return self._rows[window]
+            self._rows[n_new, window] = starts.reshape(-1, 1) + np.arange(counts.max()), np.tile(counts, self._batch)
+        return self._rows[n_new, window]
 
     def commit(self, exit_loops: Tensor) -> None:
         """The pass has succeeded: its positions, which ran `exit_loops` (batch, new), now belong to the past."""
