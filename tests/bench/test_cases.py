@@ -65,10 +65,23 @@ def test_the_floor_is_all_products_at_the_peak_and_three_times_that_for_training
     assert floors == pytest.approx([flops / 1e9, 3 * flops / 1e9])
 
 
-def test_the_floor_of_decoding_is_one_read_of_the_weights_that_a_token_uses() -> None:
+def test_the_floor_of_decoding_is_one_read_of_what_each_pass_uses() -> None:
+    """A prompt of 16 uses all weights; each of 31 tokens the active ones, and a cache of 32 positions in the mean."""
     model = OpenMythos(MythosConfig(**TINY))
-    active = parameter_counts(model.config).active * 4
-    assert cases._floor(Case("decode", "fake-gqa", 3), model, 1.0, 1e9) == pytest.approx(active / 1e9)
+    counts, cached = parameter_counts(model.config), 2 * model.config.head_dim * 3 * 32
+    mean = (counts.total + 31 * (counts.active + cached)) / 32 * 4
+    assert cases._floor(Case("decode", "fake-gqa", 1), model, 1.0, 1e9) == pytest.approx(mean / 1e9)
+
+
+def test_loops_that_choose_other_experts_read_them_too() -> None:
+    model = OpenMythos(MythosConfig(**TINY))
+    shares = [cases._chosen_share(model, n_loops) for n_loops in (1, 2, 4)]
+    assert shares[0] == 2 / 8
+    assert shares == sorted(shares)
+    with torch.no_grad():
+        for block in model.recurrent.blocks:
+            block.ffn.router.weight.zero_()  # all tie, in every loop
+    assert cases._chosen_share(model, 4) == 2 / 8
 
 
 def test_a_training_step_moves_the_weights_and_decoding_does_not() -> None:

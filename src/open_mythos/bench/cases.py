@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from open_mythos.analysis.kv_memory import bytes_per_position
 from open_mythos.bench.timing import median, race
 from open_mythos.config import MythosConfig
 from open_mythos.model.cost import forward_flops
@@ -179,20 +180,34 @@ def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.T
 
 
 def _floor(case: Case, model: OpenMythos, flops: float, bandwidth: float) -> float:
-    """Least seconds: matrix products at the measured peak, or for decoding the weights read once per token."""
+    """Least seconds: matrix products at the measured peak, or for decoding what has to be read, once per pass."""
     if case.task == "decode":
-        return _bytes_per_token(model) / bandwidth
+        return _bytes_per_token(model, case.n_loops) / bandwidth
     batch, seq_len = _BATCH[case.size.split("-")[0]]
     products = forward_flops(model.config, seq_len).total(case.n_loops) * batch * seq_len
     passes = 3 if case.task == "train" else 1  # the backward has two products for each one of the forward
     return products * passes / flops
 
 
-def _bytes_per_token(model: OpenMythos) -> int:
-    """Weights that one token needs: all but the routed experts that it is not sent to."""
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
+@torch.no_grad()
+def _bytes_per_token(model: OpenMythos, n_loops: int) -> float:
+    """The mean of the prompt's pass, which gives the first token and reads all weights, and of those for one token.
+
+    These read the cache, and all weights but those of experts that none of the token's loops chooses.
+    """
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    experts = 0
     for block in model.recurrent.blocks:
         if isinstance(block.ffn, MoEFFN):
-            experts = sum(p.numel() * p.element_size() for p in (block.ffn.gate, block.ffn.up, block.ffn.down))
-            total -= experts * (block.ffn.n_experts - block.ffn.topk) // block.ffn.n_experts
-    return total
+            experts += sum(p.numel() * p.element_size() for p in (block.ffn.gate, block.ffn.up, block.ffn.down))
+    unused = experts * (1 - _chosen_share(model, n_loops)) if experts else 0
+    cache = bytes_per_position(model.config, n_loops, model.embed.weight.dtype) * (_PROMPT + _NEW_TOKENS / 2)
+    return whole + (cache - unused) * (_NEW_TOKENS - 1) / _NEW_TOKENS
+
+
+def _chosen_share(model: OpenMythos, n_loops: int) -> float:
+    """Which share of a layer's experts the loops of one token choose together, in the mean of some tokens."""
+    model.eval()
+    tokens = torch.arange(_PROMPT).view(-1, 1, 1)
+    loads = [model(token, n_loops, full_output=True).expert_load for token in tokens]
+    return sum(float((load.sum(0) > 0).float().mean()) for load in loads) / len(loads)
