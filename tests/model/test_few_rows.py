@@ -68,14 +68,15 @@ def test_every_step_equals_the_full_forward(
     assert_every_step_equals_the_full_forward(model, n_loops, forced)
 
 
-@pytest.mark.parametrize("few", [0, 6, 64])
+@pytest.mark.parametrize(("few", "pairs"), [(0, 4096), (6, 4096), (64, 4096), (64, 10)])
 @pytest.mark.parametrize(("prompt", "batch"), [(5, 1), (13, 1), (1, 3), (4, 2)])
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
 def test_prompts_and_batches_share_the_store(
-    attn_type: str, prompt: int, batch: int, few: int, forced: list[Tensor], monkeypatch: pytest.MonkeyPatch
+    attn_type: str, prompt: int, batch: int, few: int, pairs: int, forced: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With prompts and tokens that are many, prompts that are and tokens that are not, and none that are."""
+    """With prompts and tokens that are many, only prompts, none of either, and tokens once what they see is much."""
     monkeypatch.setattr(few_rows, "_MOST", few)
+    monkeypatch.setattr(few_rows, "_MOST_PAIRS", pairs)
     model = tiny_model(tiny_config(attn_type, window=4))
     assert_every_step_equals_the_full_forward(model, 6, forced, prompt, batch)
 

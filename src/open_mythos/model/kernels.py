@@ -194,7 +194,10 @@ def attend(
 
 @_compiled
 def route(logits: Array, bias: Array, softmax: bool, scale: float, experts: Rows, weights: Array) -> None:
-    """`router.route` for rows of logits (n, experts): writes experts, best first, and weights, (n, top_k)."""
+    """`router.route` for rows of logits (n, experts): writes experts, best first, and weights, (n, top_k).
+
+    Of experts that rank exactly alike, it may take others.
+    """
     n, n_experts = logits.shape
     top_k = experts.shape[1]
     for i in range(n):
