@@ -28,7 +28,7 @@ class TourRecipe:
     run: TaskRun
     sweep_loops: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
     sweep_lengths: tuple[int, ...] = (24, 48, 96)
-    sweep_strings: int = 256
+    sweep_strings: int = 128
 
     @property
     def seed(self) -> int:
