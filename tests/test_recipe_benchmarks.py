@@ -14,7 +14,7 @@ from open_mythos.recipes.named import named_recipe
 from tiny import random_ids, tiny_config, tiny_model
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-RECIPES = ("addition", "dyck", "p_hop", "parity", "sums", "walk")
+RECIPES = ("addition", "dyck", "p_hop", "parity", "reverse", "sums", "walk")
 
 
 @pytest.fixture(autouse=True)
@@ -77,4 +77,5 @@ def test_deep_nets_have_as_many_layers_as_the_deepest_pass_of_training() -> None
     controls = runpy.run_path(str(BENCHMARKS / "controls.py"))
     found = {name: controls["nets"](named_recipe(name)) for name in RECIPES}
     layers = {name: nets["deep, window"]["model"]["recurrent_layers"] for name, nets in found.items()}
-    assert layers == {"parity": 2 * 4, "addition": 2 * 10, "sums": 2 * 10, "dyck": 2 * 10, "p_hop": 12, "walk": 8}
+    crossing = {"parity": 2 * 4, "addition": 2 * 10, "sums": 2 * 10, "dyck": 2 * 10, "reverse": 2 * 10}
+    assert layers == {**crossing, "p_hop": 12, "walk": 8}
