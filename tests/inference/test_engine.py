@@ -61,6 +61,28 @@ def test_company_changes_nothing(seed: int) -> None:
         assert output.finish_reason == "length"
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_company_changes_nothing_where_loops_share_their_cache(seed: int) -> None:
+    random = Random(4000 + seed)
+    model = tiny_model(_config(random), seed)
+    prompts = _prompts(random, 4, model.config.vocab_size)
+    sharing = random.choice([FirstLoops(0), FirstLoops(1), Modulo(2)])
+    params = [
+        SamplingParams(
+            max_new_tokens=random.randint(1, 6),
+            n_loops=random.randint(1, 6),
+            temperature=0.0,
+            exit_rule=random.choice(RULES),
+        )
+        for _ in prompts
+    ]
+    engine = Engine(model, max_batch_tokens=random.randint(1, 40), cache_bytes=2**20, sharing=sharing)
+    for prompt, one, output in zip(prompts, params, engine.generate(prompts, params), strict=True):
+        (alone,) = Engine(model, cache_bytes=2**20, sharing=sharing).generate([prompt], one)
+        assert (output.token_ids, output.exit_loops) == (alone.token_ids, alone.exit_loops)
+    assert engine.cache.pages.n_free == engine.cache.pages.n_pages
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_the_engine_is_the_model(seed: int) -> None:
     """Without a rule of its own: tokens of `generate`, and exit loops of the full forward."""
@@ -142,12 +164,14 @@ def test_a_model_that_halts_when_settled_takes_no_speculation() -> None:
     assert len(served.token_ids) == 2
 
 
-def test_a_request_cancelled_in_any_state_leaves_the_others_alone() -> None:
+@pytest.mark.parametrize("halting", ["act", "settled"])
+def test_a_request_cancelled_in_any_state_leaves_the_others_alone(halting: str) -> None:
+    model = tiny_model(tiny_config(halting=halting, settle_tolerance=0.5))
     params = SamplingParams(max_new_tokens=5, n_loops=3, temperature=0.0)
     prompts = [[1, 2, 3], [4, 5], [6]]
-    expected = _engine().generate(prompts, params)
+    expected = Engine(model, cache_bytes=2**20).generate(prompts, params)
     for moment in range(14):
-        engine = _engine(max_batch_tokens=5)
+        engine = Engine(model, cache_bytes=2**20, max_batch_tokens=5)
         requests = engine._submit(prompts, params)
         for _ in range(moment):
             engine.step()
