@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from from_recipe import altered, cell, most_loops, needed_loops, options, print_headings, print_row, recipe, trained
 from open_mythos import OpenMythos
-from open_mythos.model.context import ForwardContext
-from open_mythos.model.recurrent import LoopResult, RecurrentBlock
 from open_mythos.recipes.run_config import TaskRun
 
 BASES: dict[str, dict[str, Any]] = {
@@ -45,17 +43,6 @@ def no_prelude_norm(model: OpenMythos) -> None:
     model.prelude_norm = nn.Identity()  # type: ignore[assignment]
 
 
-def distance_as_ponder_cost(model: OpenMythos) -> None:
-    """In place of the ponder cost, how far one loop more would move the last state: mean square over channels."""
-
-    def measured(block: RecurrentBlock, given: tuple[Tensor, Tensor, ForwardContext], result: LoopResult) -> LoopResult:
-        e, n_loops, context = given
-        moved = block.step(result.state, e, int(n_loops.max()), context) - result.state
-        return result._replace(ponder_cost=moved.square().mean())
-
-    model.recurrent.register_forward_hook(measured)
-
-
 def changes(run: TaskRun) -> dict[str, Change]:
     """Every row by its name."""
     needed, most = needed_loops(run), most_loops(run)
@@ -81,12 +68,11 @@ def changes(run: TaskRun) -> dict[str, Change]:
         "gradients through the last 2 loops": {"depth": {"grad_loops": 2}},
         "state starts at zeros": {"model": {"state_init": "zeros"}},
         "state starts at the encoded input": {"model": {"state_init": "input"}},
+        "the next loop's move in the loss": {"training": {"settle_weight": 1.0}},
     }
     rows = {name: Change(change) for name, change in fields.items() if not change or altered(run, change) != run}
     rows["no carry (A = 0.0001)"] = Change({}, no_carry)
     rows["no prelude norm"] = Change({}, no_prelude_norm)
-    penalty = {"training": {"ponder_weight": 1.0}}
-    rows["the next loop's move in the loss"] = Change(penalty, distance_as_ponder_cost)
     return rows
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from open_mythos.recipes.named import named_recipe
-from tiny import random_ids, tiny_config, tiny_model
+from tiny import tiny_config, tiny_model
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 RECIPES = ("addition", "dyck", "p_hop", "parity", "reverse", "sums", "walk")
@@ -52,15 +51,6 @@ def test_without_the_carry_a_stays_where_it_is(ablation: dict[str, Any]) -> None
     injection = model.recurrent.injection
     assert injection.get_A().max() < 0.001
     assert [name for name, parameter in injection.named_parameters() if parameter.requires_grad] == ["B"]
-
-
-def test_the_penalty_is_the_distance_that_the_next_loop_goes(ablation: dict[str, Any]) -> None:
-    model = tiny_model(tiny_config(halting="none"))
-    ablation["distance_as_ponder_cost"](model)
-    ids = random_ids(model.config, 2, 6)
-    with torch.no_grad():
-        last, next_ = model(ids, 3, full_output=True), model(ids, 4, full_output=True)
-    torch.testing.assert_close(last.ponder_cost, (next_.state - last.state).square().mean())
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -18,13 +18,13 @@ KINDS = [
 
 
 def _gradients(model: OpenMythos, ids: Tensor, loops: list[int], **how: object) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and gradients of their summed squares."""
+    """Logits, and gradients of their summed squares and of the movement, if it is measured."""
     model.zero_grad()
     context = model.context(ids.shape[1])
     e = model.encode(ids, context)
     result = model.recurrent(e, torch.tensor(loops, dtype=torch.int32), context, **how)
     logits = model.decode(result.state, context)
-    logits.square().sum().backward()
+    (logits.square().sum() + (0 if result.movement is None else result.movement)).backward()
     return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -80,15 +80,33 @@ def test_a_batch_of_unequal_depths_learns_what_each_sequence_would_alone(kind: d
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("grad_loops", [None, 2])
 @pytest.mark.parametrize("training", [False, True])
-def test_computing_loops_again_changes_no_gradient(kind: dict, grad_loops: int | None, training: bool) -> None:
+@pytest.mark.parametrize("measure_movement", [False, True])
+def test_computing_loops_again_changes_no_gradient(
+    kind: dict, grad_loops: int | None, training: bool, measure_movement: bool
+) -> None:
+    how = {"grad_loops": grad_loops, "measure_movement": measure_movement}
     model = tiny_model(tiny_config(**kind, dropout=0.2)).train(training)
     ids, loops = random_ids(model.config, 3, 7), [4, 2, 5]
     torch.manual_seed(3)
-    logits, expected = _gradients(model, ids, loops, grad_loops=grad_loops)
+    logits, expected = _gradients(model, ids, loops, **how)
     torch.manual_seed(3)
-    again, found = _gradients(model, ids, loops, grad_loops=grad_loops, recompute=True)
+    again, found = _gradients(model, ids, loops, **how, recompute=True)
     assert torch.equal(again, logits)
     _assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("grad_loops", [None, 2])
+def test_the_movement_is_what_one_loop_more_would_do(grad_loops: int | None) -> None:
+    """Each sequence's own next loop, whose index counts; the load of its experts does not."""
+    model = tiny_model(tiny_config(halting="none", n_experts=4, lora_rank=2, loop_embedding=True))
+    ids, loops = random_ids(model.config, 3, 7), torch.tensor([4, 2, 5])
+    context = model.context(7)
+    context.expert_load = {}
+    how = {"grad_loops": grad_loops, "measure_movement": True}
+    movement = model.recurrent(model.encode(ids, context), loops, context, **how).movement
+    here, there = (model(ids, n, full_output=True).state for n in (loops, loops + 1))
+    torch.testing.assert_close(movement, (there - here).square().mean())
+    assert len(context.stacked_load()) == 5
 
 
 def test_truncation_keeps_fewer_tensors_than_full_gradients() -> None:

@@ -16,6 +16,8 @@ from open_mythos.training.schedule import Schedule
 from open_mythos.training.trainer import NonFiniteLossError, TrainerConfig
 from training.runs import small_model, small_source, trained
 
+FAST = OptimConfig(learning_rate=1e-2)
+
 
 def _weights(trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
@@ -152,6 +154,25 @@ def test_the_ponder_cost_teaches_to_stop_earlier() -> None:
         return sum(record.mean_exit_loops for record in told.records[-5:])
 
     assert late_exits(0.5) < 0.8 * late_exits(0.0)
+
+
+def test_the_settle_weight_teaches_states_to_rest() -> None:
+    def last_movement(weight: float) -> float:
+        _, told = trained(
+            model=small_model(halting="none"), depth=Fixed(loops=4), steps=40, settle_weight=weight, optim=FAST
+        )
+        return told.records[-1].movement
+
+    assert last_movement(1.0) < 0.5 * last_movement(1e-9)
+    assert last_movement(0.0) == 0  # nobody measured it
+
+
+@pytest.mark.parametrize("settle_weight", [0.0, 0.5])
+def test_micro_batches_settle_as_one_batch(settle_weight: float) -> None:
+    whole, in_parts = (trained(micro_batch=size, settle_weight=settle_weight)[1] for size in (None, 3))
+    assert in_parts.losses == pytest.approx(whole.losses, rel=1e-5)
+    for one, other in zip(in_parts.records, whole.records, strict=True):
+        assert one.movement == pytest.approx(other.movement, rel=1e-3)
 
 
 class _Poisoned:

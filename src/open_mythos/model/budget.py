@@ -42,6 +42,11 @@ class LoopBudget:
         """Whether t is everybody's last loop, and all began with the first."""
         return self.fewest == self.most == t + 1
 
+    @property
+    def next_index(self) -> int | Tensor:
+        """The loop after the last, as each sequence or position counts its own; a tensor where they differ."""
+        return self.most if self.fewest == self.most else self.n_loops.unsqueeze(-1)
+
     def own_index(self, t: int) -> int | Tensor:
         """Loop t as each sequence counts its own, from 0; a tensor with one more dimension where they differ."""
         return (t - self._first).clamp_min(0).unsqueeze(-1) if self._delayed else t

@@ -31,6 +31,8 @@ class LoopResult(NamedTuple):
     exit_loops: Tensor
     ponder_cost: Tensor
     halting_probabilities: Tensor | None
+    movement: Tensor | None
+    """How far one loop more would move the last state, mean square over positions and channels; None if not asked."""
 
 
 class RecurrentBlock(nn.Module):
@@ -122,6 +124,7 @@ class RecurrentBlock(nn.Module):
         grad_loops: int | None = None,
         recompute: bool = False,
         keep_probabilities: bool = False,
+        measure_movement: bool = False,
     ) -> LoopResult:
         """Run `n_loops` (batch,) loops, a tensor on the CPU, from the encoded input e (batch, seq, dim).
 
@@ -155,7 +158,18 @@ class RecurrentBlock(nn.Module):
             if not self.training and halting.finished:
                 break
         kept = torch.stack(probabilities) if probabilities else None
-        return LoopResult(halting.output, halting.exit_loops, halting.ponder_cost, kept)
+        movement = self._movement(h, e, budget, context, recompute=recompute and learning) if measure_movement else None
+        return LoopResult(halting.output, halting.exit_loops, halting.ponder_cost, kept, movement)
+
+    def _movement(
+        self, h: Tensor, e: Tensor, budget: LoopBudget, context: ForwardContext, *, recompute: bool
+    ) -> Tensor:
+        """`LoopResult.movement` of the last state h: one loop more, of which nobody counts the experts' load."""
+        load, context.expert_load = context.expert_load, None
+        loop = partial(self.step, t=budget.most, context=context, own_index=budget.next_index)
+        after = self._recomputed(loop, h, e, context, halted=False) if recompute else loop(h, e)
+        context.expert_load = load
+        return (after - h).square().mean()
 
     def _recomputed(
         self, loop: Callable[[Tensor, Tensor], Tensor], h: Tensor, e: Tensor, context: ForwardContext, *, halted: bool

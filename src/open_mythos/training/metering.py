@@ -47,8 +47,7 @@ class StepSums(NamedTuple):
 
     step: int
     sums: OnItsWay
-    """Sums of loss, z, ponder cost, right answers, exit loops and state norms, and the norm of the gradients; the load
-    (loops, layers, experts); the diagonal of A (dim,)."""
+    """`scalars`, and the norm of the gradients; the load (loops, layers, experts); the diagonal of A (dim,)."""
     counted: int
     """Tokens in the loss."""
     positions: int
@@ -80,7 +79,7 @@ class Meter:
     def read(self, sums: StepSums) -> StepRecord:
         """The record of a step."""
         figures, load, a = sums.sums.arrived()
-        loss, _, ponder, right, exits, state_norm, grad_norm = figures.tolist()
+        loss, _, ponder, movement, right, exits, state_norm, grad_norm = figures.tolist()
         mean_loss = loss / sums.counted
         return StepRecord(
             step=sums.step,
@@ -94,6 +93,7 @@ class Meter:
             mean_loops=float(sums.plan.n_loops.float().mean()),
             mean_exit_loops=exits / sums.positions,
             ponder_cost=ponder / sums.positions,
+            movement=movement / sums.positions,
             state_norm=state_norm / sums.positions,
             a_low=float(a.min()),
             a_mean=float(a.mean()),
@@ -112,8 +112,8 @@ class Meter:
 
 
 def scalars(sums: Contribution) -> Tensor:
-    """The sums that are single numbers, in the order of `StepSums.sums`."""
-    return torch.stack([sums.loss, sums.z, sums.ponder, sums.right, sums.exit_loops, sums.state_norm])
+    """The sums that are single numbers."""
+    return torch.stack([sums.loss, sums.z, sums.ponder, sums.movement, sums.right, sums.exit_loops, sums.state_norm])
 
 
 def add(total: Contribution | None, new: Contribution, plan: LoopPlan) -> Contribution:

@@ -16,13 +16,15 @@ from open_mythos.training.loss import cross_entropy
 
 
 class Contribution(NamedTuple):
-    """Sums over one micro-batch; the first three have gradients."""
+    """Sums over one micro-batch; the first four have gradients."""
 
     loss: Tensor
     """Cross-entropy over counted tokens, in nats."""
     z: Tensor
     ponder: Tensor
     """Loops run plus remainder, over positions."""
+    movement: Tensor
+    """How far one loop more would move the last state, mean square over channels, over positions; 0 if nobody asked."""
     right: Tensor
     exit_loops: Tensor
     """Loops run, over positions."""
@@ -37,9 +39,11 @@ class Contribution(NamedTuple):
 class Objective(nn.Module):
     """A model and how its loss is computed."""
 
-    def __init__(self, model: OpenMythos, *, with_z: bool = False, recompute: bool = False) -> None:
+    def __init__(
+        self, model: OpenMythos, *, with_z: bool = False, with_movement: bool = False, recompute: bool = False
+    ) -> None:
         super().__init__()
-        self.model, self.with_z, self.recompute = model, with_z, recompute
+        self.model, self.with_z, self.with_movement, self.recompute = model, with_z, with_movement, recompute
 
     def forward(self, ids: Tensor, targets: Tensor, plan: LoopPlan) -> Contribution:
         """The sums for ids and targets, both (batch, seq), at the plan's depths."""
@@ -47,13 +51,15 @@ class Objective(nn.Module):
         context = model.context(ids.shape[1])
         context.expert_load = {} if model.config.n_experts else None
         e = model.encode(ids, context)
-        result = model.recurrent(e, plan.n_loops, context, grad_loops=plan.grad_loops, recompute=self.recompute)
+        how = {"grad_loops": plan.grad_loops, "recompute": self.recompute, "measure_movement": self.with_movement}
+        result = model.recurrent(e, plan.n_loops, context, **how)
         features = model.features(result.state, context)
         sums = cross_entropy(features.flatten(0, 1), model.head_weight, targets.flatten(), with_z=self.with_z)
         return Contribution(
             loss=sums.loss,
             z=sums.z,
             ponder=result.ponder_cost * ids.numel(),
+            movement=sums.loss.new_zeros(()) if result.movement is None else result.movement * ids.numel(),
             right=sums.right,
             exit_loops=result.exit_loops.sum().float(),
             state_norm=result.state.detach().float().square().mean(-1).sqrt().sum(),

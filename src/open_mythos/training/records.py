@@ -37,6 +37,8 @@ class StepRecord:
     mean_exit_loops: float
     """Loops that positions ran."""
     ponder_cost: float
+    movement: float
+    """How far one loop more would move the last state, mean square over channels; 0 unless `settle_weight` asks."""
     state_norm: float
     """Root mean square of the state after the last loop."""
     a_low: float

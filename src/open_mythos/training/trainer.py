@@ -53,6 +53,9 @@ class TrainerConfig:
     z_weight: float = 0.0
     ponder_weight: float = 0.0
     """Weight of the ponder cost (loops run plus remainder, per position) in the loss."""
+    settle_weight: float = 0.0
+    """Weight of how far one loop more would move the last state, mean square over channels, in the loss: it teaches
+    states to rest, so that deeper is no worse (docs/experiments.md, Look-ups). A step computes one loop more for it."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the products; "auto" is bfloat16 where that is faster. Weights and sums stay in float32."""
     recompute: bool = False
@@ -73,7 +76,7 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        for name in ("seed", "z_weight", "ponder_weight", "sweep_every"):
+        for name in ("seed", "z_weight", "ponder_weight", "settle_weight", "sweep_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if not self.clip > 0:
@@ -99,7 +102,12 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.device = next(model.parameters()).device
         self._sweep = sweep
-        objective = Objective(model, with_z=config.z_weight > 0, recompute=config.recompute)
+        objective = Objective(
+            model,
+            with_z=config.z_weight > 0,
+            with_movement=config.settle_weight > 0,
+            recompute=config.recompute,
+        )
         self._module: nn.Module = parallelize(objective, self.ranks, config.parallel, compiled=config.compiled)
         self.optimizers = build_optimizers(model, config.optim)
         self._checkpoints = (
@@ -202,7 +210,8 @@ class Trainer:
                     )
                 # Ranks average their gradients, hence `world`.
                 loss = (sums.loss + self.config.z_weight * sums.z) / counted
-                loss = loss + self.config.ponder_weight * sums.ponder / ids.numel()
+                costs = self.config.ponder_weight * sums.ponder + self.config.settle_weight * sums.movement
+                loss = loss + costs / ids.numel()
                 (loss * self.ranks.world).backward()
             total = add(total, sums, plan)
         assert total is not None
