@@ -27,7 +27,12 @@ def nets(run: TaskRun) -> dict[str, dict[str, Any]]:
     for depth, layers in (("once", n_layers), ("deep", n_layers * most_loops(run))):
         for sight, windows in (("window", {}), ("full attention", {"window": None, "outer_window": None})):
             model = {"recurrent_layers": layers, "state_init": "zeros", "halting": "none", **windows}
-            found[f"{depth}, {sight}"] = {"model": model, "depth": {"name": "fixed", "loops": 1}, "sweep_loops": [1]}
+            found[f"{depth}, {sight}"] = {
+                "model": model,
+                "depth": {"name": "fixed", "loops": 1},
+                "training": {"settle_weight": 0.0},
+                "sweep_loops": [1],
+            }
     return found
 
 

@@ -15,14 +15,14 @@ from open_mythos import OpenMythos
 from open_mythos.analysis.depth_sweep import SweepRow
 from open_mythos.data.tasks import TASKS
 from open_mythos.recipes.material import open_material
-from open_mythos.recipes.named import named_recipe
+from open_mythos.recipes.named import named_recipe, recipe_names
 from open_mythos.recipes.run_config import TaskRun, changed
 from open_mythos.recipes.train import build_model
 from open_mythos.training.depth import Asked
 from open_mythos.training.records import Observer, StepRecord
 from open_mythos.training.trainer import Trainer
 
-RECIPES = ("parity", "addition", "sums", "dyck", "reverse", "p_hop", "walk")
+RECIPES = [name for name in recipe_names() if isinstance(named_recipe(name), TaskRun)]
 
 
 class Figures(NamedTuple):

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from open_mythos.recipes.named import named_recipe
+from open_mythos.recipes.named import named_recipe, recipe_names
+from open_mythos.recipes.run_config import TaskRun
 from tiny import tiny_config, tiny_model
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-RECIPES = ("addition", "dyck", "p_hop", "parity", "reverse", "sums", "walk")
+RECIPES = [name for name in recipe_names() if isinstance(named_recipe(name), TaskRun)]
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,9 @@ def test_every_row_changes_something(name: str, ablation: dict[str, Any]) -> Non
 
 def test_deep_nets_have_as_many_layers_as_the_deepest_pass_of_training() -> None:
     controls = runpy.run_path(str(BENCHMARKS / "controls.py"))
+    altered = controls["altered"]
     found = {name: controls["nets"](named_recipe(name)) for name in RECIPES}
     layers = {name: nets["deep, window"]["model"]["recurrent_layers"] for name, nets in found.items()}
     crossing = {"parity": 2 * 4, "addition": 2 * 10, "sums": 2 * 10, "dyck": 2 * 10, "reverse": 2 * 10}
-    assert layers == {**crossing, "p_hop": 12, "walk": 8}
+    assert layers == {**crossing, "parity_adaptive": 2 * 7, "p_hop": 12, "walk": 8}
+    assert altered(named_recipe("walk"), found["walk"]["once, window"]).training.settle_weight == 0  # it is about loops
