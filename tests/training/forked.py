@@ -11,8 +11,10 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 import torch
@@ -40,9 +42,7 @@ def on_ranks(world: int, folder: Path, job: Callable[..., Any], *args: Any) -> l
     paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     _SERVER.set_forkserver_preload([job.__module__, "open_mythos.cli.train"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     folder.mkdir(parents=True, exist_ok=True)
     ranks = [
         _SERVER.Process(target=_rank, args=(job, args, rank, world, port, folder), daemon=True) for rank in range(world)
@@ -58,6 +58,15 @@ def on_ranks(world: int, folder: Path, job: Callable[..., Any], *args: Any) -> l
     if late:
         raise TimeoutError(f"{len(late)} of {world} ranks did not end; see {folder}")
     return [_finished(folder, rank, process.exitcode) for rank, process in enumerate(ranks)]
+
+
+def _free_port() -> int:
+    """One below those that the system gives to whoever asks for any: until it is used, nobody is given it."""
+    while True:
+        port = SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def _rank(job: Callable[..., Any], args: tuple[Any, ...], rank: int, world: int, port: int, folder: Path) -> None:
