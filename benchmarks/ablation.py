@@ -46,6 +46,7 @@ def no_prelude_norm(model: OpenMythos) -> None:
 def changes(run: TaskRun) -> dict[str, Change]:
     """Every row by its name."""
     needed, most = needed_loops(run), most_loops(run)
+    learned = {"grad_loops": run.depth.grad_loops}
     fields: dict[str, dict[str, Any]] = {
         "the base": {},
         "no attention sink": {"model": {"attention_sink": False}},
@@ -61,14 +62,15 @@ def changes(run: TaskRun) -> dict[str, Change]:
         "four experts": {"model": {"n_experts": 4, "expert_dim": 32}},
         "halting": {"model": {"halting": "act"}},
         "no halting": {"model": {"halting": "none"}},
-        f"plan `fixed`, {needed}": {"depth": {"name": "fixed", "loops": needed}},
-        f"plan `uniform`, 1 to {most}": {"depth": {"name": "uniform", "least": 1, "most": most}},
+        f"plan `fixed`, {needed}": {"depth": {"name": "fixed", "loops": needed, **learned}},
+        f"plan `uniform`, 1 to {most}": {"depth": {"name": "uniform", "least": 1, "most": most, **learned}},
         "`difficulty` without extra": {"depth": {"extra": 0}},
         "gradients through the last loop": {"depth": {"grad_loops": 1}},
         "gradients through the last 2 loops": {"depth": {"grad_loops": 2}},
         "state starts at zeros": {"model": {"state_init": "zeros"}},
         "state starts at the encoded input": {"model": {"state_init": "input"}},
         "the next loop's move in the loss": {"training": {"settle_weight": 1.0}},
+        "without the next loop's move": {"training": {"settle_weight": 0.0}},
     }
     rows = {name: Change(change) for name, change in fields.items() if not change or altered(run, change) != run}
     rows["no carry (A = 0.0001)"] = Change({}, no_carry)

@@ -96,17 +96,33 @@ def test_computing_loops_again_changes_no_gradient(
 
 
 @pytest.mark.parametrize("grad_loops", [None, 2])
-def test_the_movement_is_what_one_loop_more_would_do(grad_loops: int | None) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_movement_is_what_one_loop_more_would_do(grad_loops: int | None, recompute: bool) -> None:
     """Each sequence's own next loop, whose index counts; the load of its experts does not."""
     model = tiny_model(tiny_config(halting="none", n_experts=4, lora_rank=2, loop_embedding=True))
     ids, loops = random_ids(model.config, 3, 7), torch.tensor([4, 2, 5])
     context = model.context(7)
     context.expert_load = {}
-    how = {"grad_loops": grad_loops, "measure_movement": True}
+    how = {"grad_loops": grad_loops, "recompute": recompute, "measure_movement": True}
     movement = model.recurrent(model.encode(ids, context), loops, context, **how).movement
     here, there = (model(ids, n, full_output=True).state for n in (loops, loops + 1))
     torch.testing.assert_close(movement, (there - here).square().mean())
+    movement.backward()
     assert len(context.stacked_load()) == 5
+
+
+def test_with_act_the_movement_is_the_last_loops_and_not_the_means() -> None:
+    model = tiny_model(tiny_config(halting="act"))
+    with torch.no_grad():
+        model.recurrent.act.halt.weight.zero_()
+        model.recurrent.act.halt.bias.fill_(-2.0)
+    context, e = model.context(7), model.encode(random_ids(model.config, 2, 7))
+    h = model.recurrent.initial_state(e)
+    for t in range(3):
+        h = model.loop_step(h, e, t)
+    result = model.recurrent(e, torch.tensor([3, 3]), context, measure_movement=True)
+    torch.testing.assert_close(result.movement, (model.loop_step(h, e, 3) - h).square().mean())
+    assert not torch.allclose(result.state, h, atol=1e-3)
 
 
 def test_truncation_keeps_fewer_tensors_than_full_gradients() -> None:

@@ -32,7 +32,8 @@ class LoopResult(NamedTuple):
     ponder_cost: Tensor
     halting_probabilities: Tensor | None
     movement: Tensor | None
-    """How far one loop more would move the last state, mean square over positions and channels; None if not asked."""
+    """How far one loop more would move the state of the last loop, mean square over positions and channels; None if not
+    asked. With ACT that is not the weighed mean of states that the coda is given, nor is what has halted left alone."""
 
 
 class RecurrentBlock(nn.Module):
@@ -165,10 +166,15 @@ class RecurrentBlock(nn.Module):
         self, h: Tensor, e: Tensor, budget: LoopBudget, context: ForwardContext, *, recompute: bool
     ) -> Tensor:
         """`LoopResult.movement` of the last state h: one loop more, of which nobody counts the experts' load."""
-        load, context.expert_load = context.expert_load, None
-        loop = partial(self.step, t=budget.most, context=context, own_index=budget.next_index)
+
+        def loop(h: Tensor, e: Tensor) -> Tensor:
+            load, context.expert_load = context.expert_load, None
+            try:
+                return self.step(h, e, budget.most, context, own_index=budget.next_index)
+            finally:  # a checkpoint leaves by an exception when it has computed all that it needs
+                context.expert_load = load
+
         after = self._recomputed(loop, h, e, context, halted=False) if recompute else loop(h, e)
-        context.expert_load = load
         return (after - h).square().mean()
 
     def _recomputed(

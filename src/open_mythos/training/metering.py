@@ -61,9 +61,11 @@ class StepSums(NamedTuple):
 class Meter:
     """Turns sums into records, and measures the time that steps take."""
 
-    def __init__(self, config: MythosConfig, peak_flops: float | None, bytes_per_token: float | None) -> None:
-        """`peak_flops` is of all devices together, None where it is not known."""
-        self._config, self._peak, self._bytes = config, peak_flops, bytes_per_token
+    def __init__(
+        self, config: MythosConfig, peak_flops: float | None, bytes_per_token: float | None, *, with_movement: bool
+    ) -> None:
+        """`peak_flops` is of all devices together, None where it is not known; a movement takes a loop more."""
+        self._config, self._peak, self._bytes, self._with_movement = config, peak_flops, bytes_per_token, with_movement
         self.restart()
 
     def restart(self) -> None:
@@ -93,7 +95,7 @@ class Meter:
             mean_loops=float(sums.plan.n_loops.float().mean()),
             mean_exit_loops=exits / sums.positions,
             ponder_cost=ponder / sums.positions,
-            movement=movement / sums.positions,
+            movement=movement / sums.positions if self._with_movement else None,
             state_norm=state_norm / sums.positions,
             a_low=float(a.min()),
             a_mean=float(a.mean()),
@@ -108,7 +110,8 @@ class Meter:
         per_token = forward_flops(self._config, sums.positions // len(sums.plan.n_loops))
         loops = sums.plan.n_loops.float()
         learned = loops if sums.plan.grad_loops is None else loops.clamp_max(sums.plan.grad_loops)
-        return sums.positions * (3 * per_token.total(0) + per_token.loop * float((loops + 2 * learned).mean()))
+        loops_computed = float((loops + 2 * learned).mean()) + 3 * self._with_movement
+        return sums.positions * (3 * per_token.total(0) + per_token.loop * loops_computed)
 
 
 def scalars(sums: Contribution) -> Tensor:

@@ -37,8 +37,9 @@ class StepRecord:
     mean_exit_loops: float
     """Loops that positions ran."""
     ponder_cost: float
-    movement: float
-    """How far one loop more would move the last state, mean square over channels; 0 unless `settle_weight` asks."""
+    movement: float | None
+    """How far one loop more would move the last loop's state, mean square over channels; None without
+    `settle_weight`."""
     state_norm: float
     """Root mean square of the state after the last loop."""
     a_low: float

@@ -54,8 +54,8 @@ class TrainerConfig:
     ponder_weight: float = 0.0
     """Weight of the ponder cost (loops run plus remainder, per position) in the loss."""
     settle_weight: float = 0.0
-    """Weight of how far one loop more would move the last state, mean square over channels, in the loss: it teaches
-    states to rest, so that deeper is no worse (docs/experiments.md, Look-ups). A step computes one loop more for it."""
+    """Weight in the loss of how far one loop more would move the last loop's state, mean square over channels. It
+    teaches states to rest, for models without ACT (docs/training.md); a step computes one loop more."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the products; "auto" is bfloat16 where that is faster. Weights and sums stay in float32."""
     recompute: bool = False
@@ -119,7 +119,8 @@ class Trainer:
         )
         self._autocast = torch.bfloat16 if wants_bfloat16 else None
         peak = peak_flops(self.device)
-        self._meter = Meter(model.config, None if peak is None else peak * self.ranks.world, source.bytes_per_token)
+        peak = None if peak is None else peak * self.ranks.world
+        self._meter = Meter(model.config, peak, source.bytes_per_token, with_movement=config.settle_weight > 0)
         self._observers: Sequence[Observer] = ()
         self._skipped = 0
 
