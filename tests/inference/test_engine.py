@@ -39,20 +39,21 @@ def _prompts(random: Random, n: int, vocab: int) -> list[list[int]]:
     return [[random.randrange(vocab) for _ in range(random.randint(1, 12))] for _ in range(n)]
 
 
+def _greedy(random: Random) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=random.randint(1, 6),
+        n_loops=random.randint(1, 6),
+        temperature=0.0,
+        exit_rule=random.choice(RULES),
+    )
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_company_changes_nothing(seed: int) -> None:
     random = Random(seed)
     model = tiny_model(_config(random), seed)
     prompts = _prompts(random, random.randint(2, 5), model.config.vocab_size)
-    params = [
-        SamplingParams(
-            max_new_tokens=random.randint(1, 6),
-            n_loops=random.randint(1, 6),
-            temperature=0.0,
-            exit_rule=random.choice(RULES),
-        )
-        for _ in prompts
-    ]
+    params = [_greedy(random) for _ in prompts]
     together = Engine(model, max_batch_tokens=random.randint(1, 40), cache_bytes=2**20).generate(prompts, params)
     for prompt, one, output in zip(prompts, params, together, strict=True):
         (alone,) = Engine(model, cache_bytes=2**20).generate([prompt], one)
@@ -67,15 +68,7 @@ def test_company_changes_nothing_where_loops_share_their_cache(seed: int) -> Non
     model = tiny_model(_config(random), seed)
     prompts = _prompts(random, 4, model.config.vocab_size)
     sharing = random.choice([FirstLoops(0), FirstLoops(1), Modulo(2)])
-    params = [
-        SamplingParams(
-            max_new_tokens=random.randint(1, 6),
-            n_loops=random.randint(1, 6),
-            temperature=0.0,
-            exit_rule=random.choice(RULES),
-        )
-        for _ in prompts
-    ]
+    params = [_greedy(random) for _ in prompts]
     engine = Engine(model, max_batch_tokens=random.randint(1, 40), cache_bytes=2**20, sharing=sharing)
     for prompt, one, output in zip(prompts, params, engine.generate(prompts, params), strict=True):
         (alone,) = Engine(model, cache_bytes=2**20, sharing=sharing).generate([prompt], one)
