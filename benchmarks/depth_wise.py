@@ -56,7 +56,9 @@ def main() -> None:
     random, context = Random(0), model.config.max_seq_len
     prompts = [text[: random.randint(4, context // 4)] for text in texts]
     lengths = [random.randint(8, 3 * context // 4) for _ in texts]
-    table = Table("exit rule", "loops per token", *SCHEDULERS, "depth-wise / static", "/ in step", box=None)
+    ratios_of = ("static", "in step")
+    headings = ("loops per token", *SCHEDULERS, *(f"times {name}" for name in ratios_of))
+    table = Table("exit rule", *headings, title="Tokens per second", box=None, padding=(0, 2, 0, 0))
     for rule in (None, StateChange(0.05), PredictionChange(0.005), StableArgmax(2)):
         params = [
             SamplingParams(max_new_tokens=n, n_loops=options.loops, exit_rule=rule, temperature=0.0) for n in lengths
@@ -73,10 +75,10 @@ def main() -> None:
                 loops = engine.stats().loops_per_token
         assert outputs["depth-wise"] == outputs["in step"] == outputs["static"], "the schedule changed a token"
         middle = {name: statistics.median(values) for name, values in rates.items()}
-        ratios = [middle["depth-wise"] / middle[name] for name in ("static", "in step")]
-        cells = [f"{rate:.0f} tok/s" for rate in middle.values()] + [f"{ratio:.2f}" for ratio in ratios]
+        ratios = [middle["depth-wise"] / middle[name] for name in ratios_of]
+        cells = [f"{rate:.0f}" for rate in middle.values()] + [f"{ratio:.2f}" for ratio in ratios]
         table.add_row("all loops" if rule is None else str(rule), f"{loops:.1f}", *cells)
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 if __name__ == "__main__":
