@@ -78,7 +78,7 @@ def main() -> None:
         ratios = [middle["depth-wise"] / middle[name] for name in ratios_of]
         cells = [f"{rate:.0f}" for rate in middle.values()] + [f"{ratio:.2f}" for ratio in ratios]
         table.add_row("all loops" if rule is None else str(rule), f"{loops:.1f}", *cells)
-    Console(width=100).print(table)
+    Console(width=112).print(table)
 
 
 if __name__ == "__main__":
