@@ -152,8 +152,7 @@ def test_the_ponder_cost_teaches_to_stop_earlier() -> None:
         model = small_model()
         with torch.no_grad():
             model.recurrent.act.halt.bias.fill_(-1.0)
-        optim = OptimConfig(learning_rate=1e-2)
-        _, told = trained(model=model, depth=Fixed(loops=6), steps=30, ponder_weight=weight, optim=optim)
+        _, told = trained(model=model, depth=Fixed(loops=6), steps=30, ponder_weight=weight, optim=FAST)
         return sum(record.mean_exit_loops for record in told.records[-5:])
 
     assert late_exits(0.5) < 0.8 * late_exits(0.0)
@@ -282,9 +281,10 @@ def test_bfloat16_products_train_too() -> None:
 
 @pytest.mark.slow
 def test_compiled_feed_forwards_change_no_number() -> None:
-    _, plain = trained(depth=Fixed(loops=3), steps=3, settle_weight=0.1)
-    _, told = trained(depth=Fixed(loops=3), steps=3, settle_weight=0.1, compiled=True, recompute=True)
-    assert told.losses == pytest.approx(plain.losses, rel=1e-5)
+    for more in ({}, {"settle_weight": 0.1, "recompute": True}):
+        _, plain = trained(depth=Fixed(loops=3), steps=3, **more)
+        _, told = trained(depth=Fixed(loops=3), steps=3, **more, compiled=True)
+        assert told.losses == pytest.approx(plain.losses, rel=1e-5)
     with pytest.raises(ValueError, match="n_experts must be at most twice n_experts_per_tok"):
         trained(model=small_model(n_experts=16), compiled=True)
 

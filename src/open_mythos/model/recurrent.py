@@ -132,8 +132,8 @@ class RecurrentBlock(nn.Module):
         Gradients flow through each sequence's last `grad_loops` loops, by default through all; sequences with fewer
         loops then begin later, so that all end together and what training keeps is `grad_loops` loops' worth. With
         `recompute`, training keeps one state per loop and computes a loop again on the way back (activation
-        checkpointing, Chen et al. 2016, arXiv 1604.06174). Out of training, the loops end as soon as no position is
-        active.
+        checkpointing, Chen et al. 2016, arXiv 1604.06174). With `measure_movement`, one loop more is computed. Out of
+        training, the loops end as soon as no position is active.
         """
         halting = self.accumulator(n_loops, e, end_together=grad_loops is not None, reached=context.store.reached)
         budget = halting.budget
