@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from open_mythos.model import few_rows, mythos
-from open_mythos.model.few_rows_block import FewRowsBlock
+from open_mythos.model import mythos
+from open_mythos.model.few_rows import stand_ins
+from open_mythos.model.few_rows.block import FewRowsBlock
+from open_mythos.model.few_rows.token import FewRowsToken
 from open_mythos.model.mythos import OpenMythos
 from tiny import random_ids, tiny_config, tiny_model
 
@@ -75,8 +79,8 @@ def test_prompts_and_batches_share_the_store(
     attn_type: str, prompt: int, batch: int, few: int, pairs: int, forced: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With prompts and tokens that are many, only prompts, none of either, and tokens once what they see is much."""
-    monkeypatch.setattr(few_rows, "_MOST", few)
-    monkeypatch.setattr(few_rows, "_MOST_PAIRS", pairs)
+    monkeypatch.setattr(stand_ins, "_MOST", few)
+    monkeypatch.setattr(stand_ins, "_MOST_PAIRS", pairs)
     model = tiny_model(tiny_config(attn_type, window=4))
     assert_every_step_equals_the_full_forward(model, 6, forced, prompt, batch)
 
@@ -109,10 +113,10 @@ def test_float32_on_a_cpu_takes_the_fast_way(batch: int, monkeypatch: pytest.Mon
     model = tiny_model(tiny_config(halting="none"))
     model.generate(random_ids(model.config, batch, 4), 5, n_loops=3)
     assert len(calls) == 5 * (1 + 3 + 1)
-    monkeypatch.setattr(few_rows, "_MOST", 4 * batch - 1)
+    monkeypatch.setattr(stand_ins, "_MOST", 4 * batch - 1)
     model.generate(random_ids(model.config, batch, 4), 5, n_loops=3)
     assert len(calls) == 9 * (1 + 3 + 1)
-    monkeypatch.setattr(few_rows, "_MOST_PAIRS", 6 * batch)
+    monkeypatch.setattr(stand_ins, "_MOST_PAIRS", 6 * batch)
     model.generate(random_ids(model.config, batch, 4), 5, n_loops=3)
     assert len(calls) == 11 * (1 + 3 + 1), "tokens that see 5 and 6 keys, and not those that see 7 and 8"
 
@@ -158,6 +162,181 @@ def test_what_only_looks_plain_computes_for_itself(
     calls = _count_calls(monkeypatch)
     assert_every_step_equals_the_full_forward(model, 3, forced)
     assert len(calls) == (SEQ - 1) * 2, "prelude and coda, no loops"
+
+
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+@pytest.mark.parametrize("prompt", [1, 12])
+def test_several_threads_give_what_one_gives(attn_type: str, prompt: int, forced: list[Tensor]) -> None:
+    """In a model that is large enough for work to be divided."""
+    model = tiny_model(tiny_config(attn_type, dim=128, expert_dim=96, n_experts=6, n_kv_heads=2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert_every_step_equals_the_full_forward(model, 3, forced, prompt)
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_hooks_of_any_part_run_for_every_token(forced: list[Tensor]) -> None:
+    model = tiny_model(tiny_config(halting="none"))
+    seen: list[int] = []
+    for part in (model.embed, model.norm, model.recurrent.block):
+        handle = part.register_forward_hook(lambda *_: seen.append(1))
+        assert_every_step_equals_the_full_forward(model, 3, forced)
+        handle.remove()
+        assert len(seen) >= SEQ - 1
+        seen.clear()
+        forced.clear()
+
+
+def _transpose_in_memory(model: OpenMythos, name: str) -> None:
+    module = model.get_submodule(name)
+    module.weight = torch.nn.Parameter(module.weight.data.T.contiguous().T)
+
+
+def _limit_embeddings(model: OpenMythos) -> None:
+    model.embed.max_norm = 0.5
+
+
+def _double(name: str) -> Callable[[OpenMythos], None]:
+    def change(model: OpenMythos) -> None:
+        owner, _, method = name.rpartition(".")
+        module = model.get_submodule(owner)
+        original = getattr(module, method)
+        setattr(module, method, lambda *arguments, **options: 2 * original(*arguments, **options))
+
+    return change
+
+
+CHANGES: dict[str, Callable[[OpenMythos], None]] = {
+    **{
+        f"{name} in columns": partial(_transpose_in_memory, name=name)
+        for name in ("embed", "head", "prelude.0.attn.out", "recurrent.blocks.0.ffn.router", "coda.0.ffn.gate")
+    },
+    "embeddings of a limited norm": _limit_embeddings,
+    "a norm that is none": lambda model: setattr(model, "prelude_norm", torch.nn.Dropout(0.0)),
+    **{f"another {name}": _double(name) for name in ("encode", "decode", "recurrent.step", "recurrent.initial_state")},
+}
+
+
+@pytest.mark.parametrize("prompt", [1, 5])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@torch.no_grad()
+def test_what_somebody_changed_stays_changed(
+    change: Callable[[OpenMythos], None], prompt: int, forced: list[Tensor]
+) -> None:
+    model = tiny_model(tiny_config(tie_embeddings=False, halting="none"))
+    change(model)
+    assert_every_step_equals_the_full_forward(model, 3, forced, prompt)
+
+
+@torch.no_grad()
+def test_states_may_lie_in_memory_as_they_like(forced: list[Tensor]) -> None:
+    model = tiny_model(tiny_config(prelude_layers=2))
+    model.prelude[0].register_forward_hook(lambda *seen: seen[-1].mT.contiguous().mT)
+    assert_every_step_equals_the_full_forward(model, 3, forced, prompt=5)
+
+
+class _OtherHead(OpenMythos):
+    """A model whose logits come from elsewhere."""
+
+    @property
+    def head_weight(self) -> Tensor:
+        return 2 * self.embed.weight
+
+
+def test_a_head_of_its_own_is_used() -> None:
+    torch.manual_seed(0)
+    model = _OtherHead(tiny_config(halting="none")).eval()
+    ids = random_ids(model.config, 1, 4)
+    logits: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mythos, "_sample", lambda seen, *_: logits.append(seen) or ids[:, :1])
+        model.generate(ids, 2, n_loops=2)
+    torch.testing.assert_close(logits[0], model(ids, 2)[:, -1], atol=2e-5, rtol=1e-5)
+
+
+def test_autocast_takes_the_general_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = _count_calls(monkeypatch)
+    model = tiny_model(tiny_config())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.generate(random_ids(model.config, 1, 4), 3, n_loops=2).shape == (1, 7)
+    assert not calls
+
+
+def test_tokens_of_a_plain_model_go_through_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One position after the other does; prompts, batches, models that halt when settled and hooked ones do not."""
+    runs: list[None] = []
+    original = FewRowsToken.run
+    monkeypatch.setattr(FewRowsToken, "run", lambda *arguments: runs.append(None) or original(*arguments))
+    model = tiny_model(tiny_config())
+    model.generate(random_ids(model.config, 1, 4), 5, n_loops=3)
+    assert len(runs) == 4
+    model.generate(random_ids(model.config, 2, 4), 5, n_loops=3)
+    settled = tiny_model(tiny_config(halting="settled", lora_rank=0, loop_embedding=False))
+    settled.generate(random_ids(model.config, 1, 4), 5, n_loops=3)
+    model.coda[0].register_forward_hook(lambda *_: None)
+    model.generate(random_ids(model.config, 1, 4), 5, n_loops=3)
+    assert len(runs) == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_generates() -> None:
+    """OpenMP ends a child that uses its parent's threads."""
+    _run_alone("child = os.fork()\nmodel.generate(ids, 3, n_loops=2)\nchild and check(os.waitpid(child, 0)[1])")
+
+
+def test_without_a_compiler_everything_works() -> None:
+    _run_alone("assert 'open_mythos.model.few_rows.compiled' not in sys.modules", NUMBA_DISABLE_JIT="1")
+
+
+def test_several_threads_may_generate_where_numba_has_its_own_only() -> None:
+    """Its `workqueue` ends the process when two threads use it at a time."""
+    code = (
+        "work = lambda: [model.generate(ids, 12, n_loops=2) for _ in range(4)]\n"
+        "with ThreadPoolExecutor(3) as pool:\n    [future.result() for future in [pool.submit(work) for _ in range(3)]]"
+    )
+    _run_alone(code, NUMBA_THREADING_LAYER="workqueue")
+
+
+def _run_alone(code: str, **environment: str) -> None:
+    """Run code that uses `model` and `ids`, after a call of `generate`, in a process of its own."""
+    before = (
+        "import os, sys, torch\nfrom concurrent.futures import ThreadPoolExecutor\n"
+        "from open_mythos import MythosConfig, OpenMythos\n"
+        "torch.set_num_threads(1)\n"
+        "def check(status): assert status == 0, status\n"
+        "model, ids = OpenMythos(MythosConfig(vocab_size=8, dim=16)).eval(), torch.tensor([[1, 2]])\n"
+        "model.generate(ids, 3, n_loops=2)\n"
+    )
+    subprocess.run([sys.executable, "-c", before + code], check=True, env={**os.environ, **environment}, timeout=300)
+
+
+def test_hooks_of_all_modules_see_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, seen = _count_calls(monkeypatch), set[torch.nn.Module]()
+    model = tiny_model(tiny_config())
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
+    try:
+        model.generate(random_ids(model.config, 1, 4), 3, n_loops=2)
+    finally:
+        handle.remove()
+    assert not calls
+    assert {model.embed, model.prelude[0].attn.qkv, model.recurrent.block.ffn, model.norm} <= seen
+
+
+class _Doubled(OpenMythos):
+    """A model that changes what its parts compute."""
+
+    def encode(self, ids: Tensor, context: Any = None) -> Tensor:
+        return 2 * super().encode(ids, context)
+
+
+def test_models_with_methods_of_their_own_keep_them() -> None:
+    torch.manual_seed(0)
+    model = _Doubled(tiny_config(halting="none")).eval()
+    new = model.generate(random_ids(model.config, 1, 4), 8, n_loops=3, temperature=0)
+    assert torch.equal(model(new, 3)[:, 3:-1].argmax(-1), new[:, 4:])
 
 
 def test_the_default_type_is_nobodys_business() -> None:

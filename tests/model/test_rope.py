@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from open_mythos.model.kernels import rotate as rotate_in_place
+from open_mythos.model.few_rows.pointwise import rotate as rotate_in_place
 from open_mythos.model.rope import apply_rotary, rotary_table, rotations
 from reference.elementary import rotate
 

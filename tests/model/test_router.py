@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from open_mythos import OpenMythos
-from open_mythos.model import kernels
+from open_mythos.model.few_rows.feed_forward import dispatch
 from open_mythos.model.router import balance_step, count_load, route
 from tiny import random_ids, tiny_config, tiny_model
 
@@ -44,11 +44,15 @@ def test_few_tokens_are_routed_as_many_are(score: str, top_k: int) -> None:
     logits, bias = torch.randn(30, 6) * 5, torch.randn(6)
     logits[0], logits[1] = 1e4 * logits[0], -1000 - logits[1].abs()
     experts, weights = route(logits, bias, top_k, score, 2.5)
-    found, own_weights = np.empty((30, top_k), np.int64), np.empty((30, top_k), np.float32)
-    kernels.route(logits.numpy(), bias.numpy(), score == "softmax", 2.5, found, own_weights)
-    for row, (chosen, own) in enumerate(zip(found, own_weights, strict=True)):
+    ends, owners = np.zeros(6, np.int64), np.empty(30 * top_k, np.int64)
+    factors = np.empty(30 * top_k, np.float32)
+    dispatch(logits.numpy(), bias.numpy(), score == "softmax", np.float32(2.5), ends, owners, factors)
+    chosen = np.repeat(np.arange(6), np.diff(ends, prepend=0))
+    assert len(chosen) == ends[-1] == len(owners)
+    for row in range(30):
         expected = dict(zip(experts[row].tolist(), weights[row].tolist(), strict=True))
-        assert dict(zip(chosen.tolist(), own.tolist(), strict=True)) == pytest.approx(expected, abs=1e-6)
+        own = owners == row
+        assert dict(zip(chosen[own].tolist(), factors[own].tolist(), strict=True)) == pytest.approx(expected, abs=1e-6)
 
 
 def test_load_counts_slots() -> None:

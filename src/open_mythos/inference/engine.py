@@ -305,11 +305,11 @@ class Engine:
     def _due(self) -> tuple[list[Turn], list[Turn], int]:
         """Whose next positions are final, whose newest is far enough for a guess, and how many requests are looping."""
         flight = self.runner.flight
-        looping = set(flight.owner[flight.active].tolist())
+        looping, active = set(flight.owner[flight.active].tolist()), flight.active.tolist()
         final, guessing = list[Turn](), list[Turn]()
         for index, (first, last) in flight.ends().items():
             request = self._begun[index]
-            if index not in looping or not flight.active[first : first + request.turn].any():
+            if index not in looping or not any(active[first : first + request.turn]):
                 final.append(Turn(request, range(first, first + request.turn)))
             if request.params.speculation is not None and self._may_guess(request, last):
                 guessing.append(Turn(request, range(last, last + 1)))

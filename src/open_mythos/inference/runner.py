@@ -20,7 +20,7 @@ from open_mythos.inference.flight import Bools, Flight, Ints
 from open_mythos.inference.request import Request, Turn
 from open_mythos.inference.wave import Lane, WaveContext
 from open_mythos.model.context import ForwardContext
-from open_mythos.model.few_rows import FewRows
+from open_mythos.model.few_rows.stand_ins import FewRows
 from open_mythos.model.halting import has_moved
 from open_mythos.model.mythos import OpenMythos
 

@@ -22,7 +22,7 @@ from open_mythos.model.checks import check_ids, check_loops, check_sampling
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.evaluation import evaluating
 from open_mythos.model.experts import MoEFFN
-from open_mythos.model.few_rows import FewRows
+from open_mythos.model.few_rows.stand_ins import FewRows
 from open_mythos.model.init import init_weights
 from open_mythos.model.norm import RMSNorm
 from open_mythos.model.recurrent import RecurrentBlock
@@ -89,7 +89,12 @@ class OpenMythos(nn.Module):
 
         `last` computes them for that many final positions only.
         """
-        return F.linear(self.features(h, context, last=last), self.head_weight)
+        context = context or self.context(h.shape[1])
+        features = self.features(h, context, last=last)
+        stand_in = None
+        if type(self).head_weight is OpenMythos.head_weight:
+            stand_in = context.stand_ins.get(self.embed if self.head is None else self.head)
+        return F.linear(features, self.head_weight) if stand_in is None else stand_in(features)
 
     def features(self, h: Tensor, context: ForwardContext | None = None, *, last: int | None = None) -> Tensor:
         """What `decode` multiplies with the head: coda and norm of a state h, (batch, seq, dim)."""
@@ -213,12 +218,16 @@ class OpenMythos(nn.Module):
         store = SequenceStore(self.config, ids.shape[0], ids.shape[1] + max_new_tokens, self.embed.weight)
         new, constants = ids, dict[Hashable, Tensor]()
         few = FewRows(self)
+        token = few.token() if type(self) is OpenMythos else None
         for _ in range(max_new_tokens):
             context = self.context(new.shape[1], store, constants)
             context.stand_ins = few.stand_ins(new.numel(), context.longest)
-            result = self.recurrent(self.encode(new, context), loops, context)
-            logits = self.decode(result.state, context, last=1)
-            store.commit(result.exit_loops)
+            if token is not None and context.stand_ins and new.numel() == 1:
+                logits, exit_loops = token.run(int(new), int(loops), context)
+            else:
+                result = self.recurrent(self.encode(new, context), loops, context)
+                logits, exit_loops = self.decode(result.state, context, last=1), result.exit_loops
+            store.commit(exit_loops)
             new = _sample(logits[:, -1], temperature, top_k, generator)
             yield new
 

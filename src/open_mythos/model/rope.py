@@ -46,7 +46,7 @@ def _frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
 
 
 def rotations(positions: Rows, dim: int, theta: float) -> Array:
-    """The cosines, then the sines, of the angles of positions (n,), for `kernels`; (n, dim)."""
+    """The cosines, then the sines, of the angles of positions (n,), for `few_rows`; (n, dim)."""
     angles = positions.astype(np.float32)[:, None] * _frequencies_of_numpy(dim, theta)
     return np.concatenate([np.cos(angles), np.sin(angles)], 1)
 

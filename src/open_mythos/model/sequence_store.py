@@ -53,6 +53,7 @@ class SequenceStore:
         self._batch, self._capacity, self._like = batch, capacity, like
         self._slots: dict[CacheAddress, _Slot] = {}
         self._rows: dict[tuple[int, int | None], tuple[Rows, Rows]] = {}
+        self._firsts, self._places = np.arange(batch)[:, None] * capacity, np.arange(capacity)
         self.length = 0
         self.reached: Tensor | None = None
 
@@ -85,10 +86,12 @@ class SequenceStore:
     def _rows_seen(self, n_new: int, window: int | None) -> tuple[Rows, Rows]:
         """Where the positions lie that each new one sees, and how many they are; what is behind them has no meaning."""
         if (n_new, window) not in self._rows:
-            ends = np.arange(self.length, self.length + n_new) + 1
+            ends = np.arange(self.length + 1, self.length + n_new + 1)
             counts = ends if window is None else np.minimum(ends, window)
-            starts = np.arange(self._batch)[:, None] * self._capacity + ends - counts
-            self._rows[n_new, window] = starts.reshape(-1, 1) + np.arange(counts.max()), np.tile(counts, self._batch)
+            starts = (self._firsts + (ends - counts)).reshape(-1, 1)
+            most = self.length + n_new if window is None else min(window, self.length + n_new)
+            repeated = counts if self._batch == 1 else np.tile(counts, self._batch)
+            self._rows[n_new, window] = starts + self._places[:most], repeated
         return self._rows[n_new, window]
 
     def commit(self, exit_loops: Tensor) -> None:

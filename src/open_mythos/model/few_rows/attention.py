@@ -1,0 +1,277 @@
+"""Attention of a few positions, each over what it sees of a cache, with the norm before and all that its module does.
+
+Main entries: `add_gqa`, `add_mla`. Of n positions, number i sees the first `counts[i]` of `rows[i]`, its own the last
+of them. Rotations are those of one sequence's positions, (n or fewer, dim), the same for all sequences; (1, 0) for
+none.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from open_mythos.model.few_rows.compiled import compiled, n_parts, parallel
+from open_mythos.model.few_rows.pointwise import rms_norm, rotate
+from open_mythos.model.few_rows.products import add_product
+from open_mythos.model.rows import Array, Rows
+
+
+@compiled
+def add_gqa(
+    stream: Array,
+    rotations: Array,
+    keys: Array,
+    values: Array,
+    rows: Rows,
+    counts: Rows,
+    gain: Array,
+    eps: np.float32,
+    qkv: Array,
+    normed_heads: bool,
+    qk_gain: Array,
+    scale: np.float32,
+    sink: Array,
+    out: Array,
+    branch_scale: np.float32,
+    threads: int,
+) -> None:
+    """Add to the stream (n, dim) what grouped-query attention makes of it; what is new is stored.
+
+    Keys and values are (heads, stored, width), `qk_gain` (query and key heads, width), used if these are normed.
+    """
+    n, n_kv, width = stream.shape[0], keys.shape[0], keys.shape[2]
+    n_heads = qk_gain.shape[0] - n_kv
+    normed = np.empty_like(stream)
+    rms_norm(stream, gain, eps, normed)
+    projected = np.zeros((n, qkv.shape[0]), np.float32)
+    add_product(normed, qkv, np.float32(1), projected, threads)
+    heads = projected.reshape(n, n_heads + 2 * n_kv, width)
+    _place_heads(heads, normed_heads, qk_gain, eps, rotations)
+    _store(projected, n_heads * width, rows, counts, keys)
+    _store(projected, (n_heads + n_kv) * width, rows, counts, values)
+    mixed = np.empty((n, n_heads, width), np.float32)
+    _attend(heads, keys, values, rows, counts, scale, sink, mixed, threads)
+    add_product(mixed.reshape(n, n_heads * width), out, branch_scale, stream, threads)
+
+
+@compiled
+def add_mla(
+    stream: Array,
+    rotations: Array,
+    latent: Array,
+    rows: Rows,
+    counts: Rows,
+    gain: Array,
+    eps: np.float32,
+    down: Array,
+    q_gain: Array,
+    q_up: Array,
+    kv_gain: Array,
+    kv_up: Array,
+    scale: np.float32,
+    sink: Array,
+    out: Array,
+    branch_scale: np.float32,
+    threads: int,
+) -> None:
+    """Add to the stream (n, dim) what latent attention makes of it, in the latent space; what is new is stored.
+
+    The latent is (1, stored, rank + rope): keys and values of the heads are never rebuilt. `kv_up` is (heads, first
+    keys then values, rank).
+    """
+    n, n_heads, rank, width = stream.shape[0], kv_up.shape[0], kv_up.shape[2], latent.shape[2]
+    normed = np.empty_like(stream)
+    rms_norm(stream, gain, eps, normed)
+    low = np.zeros((n, down.shape[0]), np.float32)
+    add_product(normed, down, np.float32(1), low, threads)
+    c_q = np.empty((n, q_gain.shape[0]), np.float32)
+    rms_norm(low, q_gain, eps, c_q)
+    queries = np.zeros((n, q_up.shape[0]), np.float32)
+    add_product(c_q, q_up, np.float32(1), queries, threads)
+    q = queries.reshape(n, n_heads, q_up.shape[0] // n_heads)
+    nope = q.shape[2] - (width - rank)
+    row, absorbed = np.empty((n, width), np.float32), np.empty((n, n_heads, width), np.float32)
+    _place_latent(low, kv_gain, eps, q, rotations, row, absorbed)
+    _store(row, 0, rows, counts, latent)
+    mixed = np.empty((n, n_heads, kv_up.shape[1] - nope), np.float32)
+    _attend_latent(q, absorbed, kv_up, latent, rows, counts, scale, sink, mixed, threads)
+    add_product(mixed.reshape(n, out.shape[1]), out, branch_scale, stream, threads)
+
+
+@compiled
+def _place_heads(heads: Array, normed: bool, gain: Array, eps: np.float32, rotations: Array) -> None:
+    """RMS norm, gain (queries and keys, width) and rotation of the first of all heads (n, heads, width), in place."""
+    n = heads.shape[0]
+    n_heads, dim = gain.shape
+    if normed:
+        for i in range(n):
+            for h in range(n_heads):
+                total = np.float32(0)
+                for j in range(dim):
+                    total += heads[i, h, j] * heads[i, h, j]
+                scale = np.float32(1) / np.sqrt(total / np.float32(dim) + eps)
+                for j in range(dim):
+                    heads[i, h, j] *= scale * gain[h, j]
+    if rotations.shape[1]:
+        for i in range(n):
+            rotate(heads[i, :n_heads], rotations[i % rotations.shape[0]], heads[i, :n_heads])
+
+
+@compiled
+def _place_latent(
+    down: Array, gain: Array, eps: np.float32, q: Array, rotations: Array, row: Array, queries: Array
+) -> None:
+    """MLA's row for the cache (n, rank + rope), and what is behind the first `rank` channels of its queries.
+
+    From the last channels of `down` (n, ...), before norm and rotation, and those of q (n, heads, ...), before
+    rotation; gain is (rank,), queries are (n, heads, rank + rope).
+    """
+    n, width = row.shape
+    heads, rank = queries.shape[1], gain.shape[0]
+    first, nope = down.shape[1] - width, q.shape[2] - (width - rank)
+    rms_norm(down[:, first:], gain, eps, row[:, :rank])
+    for i in range(n):
+        for j in range(width - rank):
+            row[i, rank + j] = down[i, first + rank + j]
+            for h in range(heads):
+                queries[i, h, rank + j] = q[i, h, nope + j]
+        if rotations.shape[1]:
+            rotation = rotations[i % rotations.shape[0]]
+            rotate(row[i : i + 1, rank:], rotation, row[i : i + 1, rank:])
+            rotate(queries[i, :, rank:], rotation, queries[i, :, rank:])
+
+
+@compiled
+def _store(new: Array, first: int, rows: Rows, counts: Rows, entries: Array) -> None:
+    """Copy what is new of n positions, from channel `first` of new (n, ...) on, to entries (heads, stored, width)."""
+    n_heads, _, width = entries.shape
+    for i in range(new.shape[0]):
+        own = rows[i, counts[i] - 1]
+        for k in range(n_heads):
+            start = first + k * width
+            for j in range(width):
+                entries[k, own, j] = new[i, start + j]
+
+
+@parallel
+def _attend(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    rows: Rows,
+    counts: Rows,
+    scale: np.float32,
+    sink: Array,
+    out: Array,
+    threads: int,
+) -> None:
+    """Each of the heads over its own keys and values."""
+    n_heads = out.shape[1]
+    parts = min(n_heads, n_parts(2 * out.size * rows.shape[1], threads))
+    for part in prange(parts):
+        first, end = n_heads * part // parts, n_heads * (part + 1) // parts
+        _attend_heads(queries, keys, values, rows, counts, scale, sink, first, end, out)
+
+
+@parallel
+def _attend_latent(
+    q: Array,
+    absorbed: Array,
+    kv_up: Array,
+    latent: Array,
+    rows: Rows,
+    counts: Rows,
+    scale: np.float32,
+    sink: Array,
+    out: Array,
+    threads: int,
+) -> None:
+    """Each of the heads over the latents: keys are absorbed into queries before, values come out of mixtures after."""
+    n, n_heads = out.shape[:2]
+    parts = min(n_heads, n_parts(n * kv_up.size + 2 * absorbed.size * rows.shape[1], threads))
+    mixed = np.empty((n, n_heads, kv_up.shape[2]), np.float32)
+    for part in prange(parts):
+        first, end = n_heads * part // parts, n_heads * (part + 1) // parts
+        _absorb(q, kv_up, first, end, absorbed)
+        _attend_heads(absorbed, latent, latent, rows, counts, scale, sink, first, end, mixed)
+        _release(mixed, kv_up, first, end, out)
+
+
+@compiled
+def _absorb(q: Array, kv_up: Array, first: int, end: int, out: Array) -> None:
+    """Each head's channels of q (n, heads, ...) that are not rotated, by its keys' rows of kv_up (heads, ..., rank).
+
+    To the first `rank` channels of out (n, heads, ...).
+    """
+    n, rank = q.shape[0], kv_up.shape[2]
+    nope = q.shape[2] - (out.shape[2] - rank)
+    for h in range(first, end):
+        for i in range(n):
+            own = out[i, h]
+            for j in range(rank):
+                own[j] = np.float32(0)
+        for k in range(nope):
+            weight = kv_up[h, k]
+            for i in range(n):
+                factor, own = q[i, h, k], out[i, h]
+                for j in range(rank):
+                    own[j] += factor * weight[j]
+
+
+@compiled
+def _release(mixed: Array, kv_up: Array, first: int, end: int, out: Array) -> None:
+    """Each head of mixed (n, heads, rank) by its values' rows of kv_up (heads, ..., rank), to out (n, heads, width)."""
+    n, _, width = out.shape
+    before = kv_up.shape[1] - width
+    for h in range(first, end):
+        for j in range(width):
+            weight = kv_up[h, before + j]
+            for i in range(n):
+                own, total = mixed[i, h], np.float32(0)
+                for k in range(weight.shape[0]):
+                    total += own[k] * weight[k]
+                out[i, h, j] = total
+
+
+@compiled
+def _attend_heads(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    rows: Rows,
+    counts: Rows,
+    scale: np.float32,
+    sink: Array,
+    first: int,
+    end: int,
+    out: Array,
+) -> None:
+    """Heads `first` to `end` of queries (n, heads or more, width) over keys (key heads, stored, width) and values.
+
+    The first channels of the values, mixed, go to out (n, heads, value width).
+    """
+    n, n_heads, width = out.shape
+    n_kv, _, dim = keys.shape
+    group = n_heads // n_kv
+    scores = np.empty(rows.shape[1], np.float32)
+    for i in range(n):
+        for head in range(first, end):
+            query, k = queries[i, head], head // group
+            most = sink[head] if sink.size else np.float32(-np.inf)
+            for s in range(counts[i]):
+                key, total = keys[k, rows[i, s]], np.float32(0)
+                for j in range(dim):
+                    total += query[j] * key[j]
+                scores[s] = total * scale
+                most = max(most, scores[s])
+            total = np.exp(sink[head] - most) if sink.size else np.float32(0)
+            for s in range(counts[i]):
+                scores[s] = np.exp(scores[s] - most)
+                total += scores[s]
+            mixed = out[i, head]
+            for j in range(width):
+                mixed[j] = np.float32(0)
+            for s in range(counts[i]):
+                weight, value = scores[s] / total, values[k, rows[i, s]]
+                for j in range(width):
+                    mixed[j] += weight * value[j]

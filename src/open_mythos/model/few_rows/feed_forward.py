@@ -1,0 +1,196 @@
+"""The feed-forward of a few positions, experts included, with the norm before it.
+
+Main entries: `add_dense`, `add_experts`, `dispatch`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from open_mythos.model.few_rows.compiled import compiled, n_parts, parallel
+from open_mythos.model.few_rows.pointwise import rms_norm
+from open_mythos.model.few_rows.products import add_part, add_product, first_panel, share, side_by_side
+from open_mythos.model.rows import Array, Rows
+
+
+@compiled
+def add_dense(
+    stream: Array,
+    gain: Array,
+    eps: np.float32,
+    gate: Array,
+    up: Array,
+    down: Array,
+    branch_scale: np.float32,
+    threads: int,
+) -> None:
+    """Add to the stream (n, dim) what a SwiGLU makes of it, normalised; gate and up are those of an only expert."""
+    normed = np.empty_like(stream)
+    rms_norm(stream, gain, eps, normed)
+    _add_dense(normed, gate, up, down, branch_scale, stream, threads)
+
+
+@compiled
+def add_experts(
+    stream: Array,
+    gain: Array,
+    eps: np.float32,
+    gate: Array,
+    up: Array,
+    down: Array,
+    router: Array,
+    bias: Array,
+    top_k: int,
+    softmax: bool,
+    scale: np.float32,
+    expert_gate: Array,
+    expert_up: Array,
+    expert_down: Array,
+    branch_scale: np.float32,
+    threads: int,
+) -> None:
+    """Add to the stream (n, dim) what each position's experts make of it, normalised, and the shared one.
+
+    Matrices of experts are (experts, hidden, dim). The shared one is a SwiGLU as in `add_dense`, of width 0 for none.
+    """
+    n, dim = stream.shape
+    normed = np.empty_like(stream)
+    rms_norm(stream, gain, eps, normed)
+    if gate.size:
+        _add_dense(normed, gate, up, down, branch_scale, stream, threads)
+    logits = np.zeros((n, bias.shape[0]), np.float32)
+    add_product(normed, router, np.float32(1), logits, threads)
+    ends, owners = np.zeros(bias.shape[0], np.int64), np.empty(n * top_k, np.int64)
+    factors = np.empty(n * top_k, np.float32)
+    dispatch(logits, bias, softmax, scale * branch_scale, ends, owners, factors)
+    rows, hidden = np.empty((n * top_k, dim), np.float32), np.zeros((n * top_k, expert_gate.shape[1]), np.float32)
+    for r in range(n * top_k):
+        row, own = rows[r], normed[owners[r]]
+        for j in range(dim):
+            row[j] = own[j]
+    _gate(rows, expert_gate, expert_up, ends, factors, hidden, threads)
+    _add_down(hidden, expert_down, ends, owners, stream, threads)
+
+
+@compiled
+def _add_dense(
+    normed: Array, gate: Array, up: Array, down: Array, scale: np.float32, stream: Array, threads: int
+) -> None:
+    n = normed.shape[0]
+    hidden = np.zeros((n, gate.shape[1]), np.float32)
+    _gate(normed, gate, up, np.full(1, n), np.ones(n, np.float32), hidden, threads)
+    add_product(hidden, down, scale, stream, threads)
+
+
+@parallel
+def _gate(x: Array, gate: Array, up: Array, ends: Rows, factors: Array, hidden: Array, threads: int) -> None:
+    """Write `factor * silu(gate) * up` of x to `hidden`, zeros before; expert e has the rows up to `ends[e]`."""
+    width = hidden.shape[1]
+    parts = n_parts(2 * x.size * width, threads)
+    ups, panels = np.zeros_like(hidden), side_by_side(x, ends, threads)
+    for part in prange(parts):
+        first, end = share(width, part, parts), share(width, part + 1, parts)
+        for matrix in range(2):
+            weights, out = (up, ups) if matrix else (gate, hidden)
+            start = 0
+            for e in range(ends.shape[0]):
+                if start < ends[e]:
+                    rows, panel = x[start : ends[e]], first_panel(start, e)
+                    add_part(rows, panels, panel, weights[e], np.float32(1), first, end, out[start : ends[e]])
+                start = ends[e]
+        for r in range(hidden.shape[0]):
+            own, other = hidden[r, first:end], ups[r, first:end]
+            for j in range(own.shape[0]):
+                own[j] *= factors[r] * other[j] / (np.float32(1) + np.exp(-own[j]))
+
+
+@parallel
+def _add_down(hidden: Array, down: Array, ends: Rows, owners: Rows, stream: Array, threads: int) -> None:
+    """Add to the stream what is hidden, by the experts' matrices down; row r goes to position `owners[r]`."""
+    width = stream.shape[1]
+    parts = n_parts(hidden.size * width, threads)
+    for part in prange(parts):
+        first, end = share(width, part, parts), share(width, part + 1, parts)
+        start = 0
+        for e in range(ends.shape[0]):
+            if start < ends[e]:
+                _add_expert(hidden, down[e], owners, start, ends[e], first, end, stream)
+            start = ends[e]
+
+
+@compiled
+def _add_expert(
+    hidden: Array, down: Array, owners: Rows, start: int, stop: int, first: int, end: int, out: Array
+) -> None:
+    """Add rows `start` to `stop` of `hidden`, by `down` (hidden, dim), to those of `out` that own them."""
+    width = down.shape[0]
+    fours = width // 4 * 4
+    for k in range(0, fours, 4):
+        w0, w1, w2, w3 = down[k, first:end], down[k + 1, first:end], down[k + 2, first:end], down[k + 3, first:end]
+        for r in range(start, stop):
+            own = out[owners[r], first:end]
+            a, b, c, d = hidden[r, k], hidden[r, k + 1], hidden[r, k + 2], hidden[r, k + 3]
+            for j in range(own.shape[0]):
+                own[j] += a * w0[j] + b * w1[j] + c * w2[j] + d * w3[j]
+    for k in range(fours, width):
+        for r in range(start, stop):
+            for j in range(end - first):
+                out[owners[r], first + j] += hidden[r, k] * down[k, first + j]
+
+
+@compiled
+def dispatch(
+    logits: Array, bias: Array, softmax: bool, scale: np.float32, ends: Rows, owners: Rows, factors: Array
+) -> None:
+    """`router.route` for rows of logits (n, experts), sorted by expert: each slot's position and weight.
+
+    Expert e has the slots up to `ends[e]`, zeros before. Of experts that rank exactly alike, it may take others.
+    """
+    n = logits.shape[0]
+    top_k = owners.shape[0] // n
+    experts, weights = np.empty((n, top_k), np.int64), np.empty((n, top_k), np.float32)
+    for i in range(n):
+        _choose(logits[i], bias, experts[i])
+        _weigh(logits[i], experts[i], softmax, scale, weights[i])
+        for s in range(top_k):
+            ends[experts[i, s]] += 1
+    total = 0
+    for e in range(ends.shape[0]):
+        total, ends[e] = total + ends[e], total
+    for i in range(n):
+        for s in range(top_k):
+            place = ends[experts[i, s]]
+            owners[place], factors[place] = i, weights[i, s]
+            ends[experts[i, s]] += 1
+
+
+@compiled
+def _choose(logits: Array, bias: Array, experts: Rows) -> None:
+    """Write to `experts` (top_k,) those with the highest of `logits + bias`, best first."""
+    for s in range(experts.shape[0]):
+        best, chosen = np.float32(0), -1
+        for e in range(logits.shape[0]):
+            rank = logits[e] + bias[e]
+            taken = False
+            for r in range(s):
+                taken |= experts[r] == e
+            if not taken and (chosen < 0 or rank > best):
+                best, chosen = rank, e
+        experts[s] = chosen
+
+
+@compiled
+def _weigh(logits: Array, experts: Rows, softmax: bool, scale: np.float32, weights: Array) -> None:
+    """Write the `experts`' weights, which sum to `scale`, from their logits alone."""
+    most = np.float64(-np.inf)
+    for e in experts:
+        most = max(most, np.float64(logits[e]))
+    total = 1e-20
+    for s in range(experts.shape[0]):
+        logit = np.float64(logits[experts[s]])
+        weight = np.exp(logit - most) if softmax else 1 / (1 + np.exp(-logit))
+        weights[s] = weight
+        total += weight
+    for s in range(experts.shape[0]):
+        weights[s] *= scale / total

@@ -1,0 +1,78 @@
+"""Norms, rotations and what stands around the blocks of a loop, row by row.
+
+Main entries: `rms_norm`, `rotate`, `inject`, `adapt`, `halting_probability`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from open_mythos.model.few_rows.compiled import compiled
+from open_mythos.model.rows import Array
+
+
+@compiled
+def rms_norm(x: Array, gain: Array, eps: np.float32, out: Array) -> None:
+    """The first channels of x (n, ...) over their root mean square, times gain (dim,), to out (n, dim)."""
+    n, dim = out.shape
+    for i in range(n):
+        total = np.float32(0)
+        for j in range(dim):
+            total += x[i, j] * x[i, j]
+        scale = np.float32(1) / np.sqrt(total / np.float32(dim) + eps)
+        for j in range(dim):
+            out[i, j] = x[i, j] * scale * gain[j]
+
+
+@compiled
+def rotate(x: Array, rotation: Array, out: Array) -> None:
+    """Each of x (heads, dim), channels i and i + dim/2 paired, by the cosines and then sines `rotation` (dim,)."""
+    heads, dim = x.shape
+    half = dim // 2
+    for h in range(heads):
+        for i in range(half):
+            a, b = x[h, i], x[h, i + half]
+            out[h, i] = a * rotation[i] - b * rotation[i + half]
+            out[h, i + half] = b * rotation[i] + a * rotation[i + half]
+
+
+@compiled
+def inject(h: Array, e: Array, a: Array, b: Array, out: Array) -> None:
+    """`A*h + B*e` of rows h and e (n, dim), to `out`."""
+    n, dim = h.shape
+    for i in range(n):
+        for j in range(dim):
+            out[i, j] = a[j] * h[i, j] + b[j] * e[i, j]
+
+
+@compiled
+def adapt(x: Array, u: Array, down: Array, scale: Array, up: Array) -> None:
+    """Add to x (n, dim), in place, what the adapter makes of x - u; scale is (n, rank), or (1, rank) for all."""
+    n, dim = x.shape
+    rank = down.shape[0]
+    low = np.empty(rank, np.float32)
+    for i in range(n):
+        factors = scale[i % scale.shape[0]]
+        for r in range(rank):
+            total = np.float32(0)
+            for j in range(dim):
+                total += down[r, j] * (x[i, j] - u[i, j])
+            low[r] = total * factors[r]
+        for j in range(dim):
+            total = np.float32(0)
+            for r in range(rank):
+                total += up[j, r] * low[r]
+            x[i, j] += total
+
+
+@compiled
+def halting_probability(h: Array, weight: Array, bias: Array, eps: np.float32, out: Array) -> None:
+    """`sigmoid(w . h / rms(h) + b)` of rows h (n, dim), to out (n,)."""
+    n, dim = h.shape
+    for i in range(n):
+        squares, product = np.float32(0), np.float32(0)
+        for j in range(dim):
+            squares += h[i, j] * h[i, j]
+            product += h[i, j] * weight[0, j]
+        rms = np.sqrt(squares / np.float32(dim)) + eps
+        out[i] = np.float32(1) / (np.float32(1) + np.exp(-(product / rms + bias[0])))

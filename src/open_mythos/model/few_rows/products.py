@@ -1,0 +1,161 @@
+"""Products of a few rows with a matrix, on all threads: the matrix is read once, where it lies.
+
+Main entries: `add_product`, `add_part`, `side_by_side`, `share`. Matrices are (width, dim), as in `nn.Linear`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from open_mythos.model.few_rows.compiled import compiled, n_parts, parallel
+from open_mythos.model.few_rows.tiles import (
+    CHANNELS,
+    CHANNELS_16,
+    CHANNELS_32,
+    WIDE,
+    sums_1,
+    sums_2,
+    sums_4,
+    tile_16,
+    tile_32,
+)
+from open_mythos.model.rows import Array, Rows
+
+_LANES = 32
+"""Rows that lie side by side in a panel."""
+
+_FEW = 8
+"""More rows than this are multiplied side by side."""
+
+
+@compiled
+def share(width: int, part: int, parts: int) -> int:
+    """Where the channels of one of several parts begin: at a multiple of four."""
+    return width if part == parts else width * part // parts // CHANNELS * CHANNELS
+
+
+@parallel
+def add_product(x: Array, weight: Array, scale: np.float32, out: Array, threads: int) -> None:
+    """Add `scale * x @ weight.T` to `out` (n, width), for x (n, dim)."""
+    n, width = out.shape
+    panels = side_by_side(x, np.full(1, n), threads)
+    parts = n_parts(x.size * width, threads)
+    for part in prange(parts):
+        add_part(x, panels, 0, weight, scale, share(width, part, parts), share(width, part + 1, parts), out)
+
+
+@compiled
+def add_part(
+    x: Array, panels: Array, panel: int, weight: Array, scale: np.float32, first: int, end: int, out: Array
+) -> None:
+    """`add_product` for the channels of `out` from `first` to `end`; x also lies in the panels from `panel` on."""
+    if x.shape[0] <= _FEW or end - first < CHANNELS_16:
+        _add_rows(x, weight, scale, first, end, out)
+    else:
+        _add_panels(x.shape[0], panels, panel, weight, scale, first, end, out)
+
+
+@parallel
+def side_by_side(x: Array, ends: Rows, threads: int) -> Array:
+    """Rows of x (n, dim) in panels (panels, dim, rows), for the runs of rows that are long enough, else nowhere.
+
+    Run r has the rows up to `ends[r]`, and panels from `first_panel` of its first row and r on.
+    """
+    dim, longest, start = x.shape[1], 0, 0
+    for run in range(ends.shape[0]):
+        longest, start = max(longest, ends[run] - start), ends[run]
+    if longest <= _FEW:
+        return np.empty((0, dim, _LANES), np.float32)
+    panels = np.empty((first_panel(x.shape[0], ends.shape[0]), dim, _LANES), np.float32)
+    parts = n_parts(8 * x.size, threads)
+    for part in prange(parts):
+        _fill(panels, x, ends, dim * part // parts, dim * (part + 1) // parts)
+    return panels
+
+
+@compiled
+def first_panel(start: int, run: int) -> int:
+    """Where the panels of a run begin whose first row is `start`, so that there is room for all before it."""
+    return start // _LANES + run
+
+
+@compiled
+def _fill(panels: Array, x: Array, ends: Rows, first: int, end: int) -> None:
+    """The channels of all panels from `first` to `end`; behind the last row of a run, zeros."""
+    start = 0
+    for run in range(ends.shape[0]):
+        stop, panel = ends[run], first_panel(start, run)
+        if stop - start > _FEW:
+            for at in range(start, stop, _LANES):
+                rows = min(_LANES, stop - at)
+                lanes = 16 if stop - start <= 16 else 32
+                flat = panels[panel].reshape(-1)
+                for k in range(first, end):
+                    for i in range(rows):
+                        flat[k * lanes + i] = x[at + i, k]
+                    for i in range(rows, lanes):
+                        flat[k * lanes + i] = np.float32(0)
+                panel += 1
+        start = stop
+
+
+@compiled
+def _add_rows(x: Array, weight: Array, scale: np.float32, first: int, end: int, out: Array) -> None:
+    n, dim = x.shape
+    fours, rest = first + (end - first) // CHANNELS * CHANNELS, dim // WIDE * WIDE
+    for o in range(first, fours, CHANNELS):
+        i = 0
+        while i + 4 <= n:
+            four = sums_4(x, i, weight, o)
+            for k in range(4 * CHANNELS):
+                out[i + k // CHANNELS, o + k % CHANNELS] += scale * four[k]
+            i += 4
+        if i + 2 <= n:
+            two = sums_2(x, i, weight, o)
+            for k in range(2 * CHANNELS):
+                out[i + k // CHANNELS, o + k % CHANNELS] += scale * two[k]
+            i += 2
+        if i < n:
+            one = sums_1(x, i, weight, o)
+            for k in range(CHANNELS):
+                out[i, o + k] += scale * one[k]
+    if rest < dim:
+        _add_columns(x, weight, scale, rest, first, fours, out)
+    if fours < end:
+        _add_columns(x, weight, scale, 0, fours, end, out)
+
+
+@compiled
+def _add_columns(x: Array, weight: Array, scale: np.float32, column: int, first: int, end: int, out: Array) -> None:
+    """What the columns of x and of the matrix from `column` on add to the channels from `first` to `end`."""
+    n, dim = x.shape
+    for o in range(first, end):
+        for i in range(n):
+            total = np.float32(0)
+            for k in range(column, dim):
+                total += x[i, k] * weight[o, k]
+            out[i, o] += scale * total
+
+
+@compiled
+def _add_panels(
+    n: int, panels: Array, panel: int, weight: Array, scale: np.float32, first: int, end: int, out: Array
+) -> None:
+    """A few channels at a time, for all panels: what is read of the matrix is used while it is in the nearest cache."""
+    sums = np.empty(16 * CHANNELS_16, np.float32)
+    channels = CHANNELS_16 if n <= 16 else CHANNELS_32
+    done = first
+    while done < end:
+        o = min(done, end - channels)  # the last may compute some channels again
+        for start in range(0, n, _LANES):
+            lanes = 32
+            if n <= 16:
+                lanes = 16
+                tile_16(panels[panel], weight, o, sums)
+            else:
+                tile_32(panels[panel + start // _LANES], weight, o, sums)
+            for i in range(min(_LANES, n - start)):
+                for k in range(done - o, channels):
+                    out[start + i, o + k] += scale * sums[k * lanes + i]
+        done = o + channels

@@ -1,0 +1,172 @@
+"""Which modules are computed by something else in a pass over few positions, and by what.
+
+Main entry: `FewRows`. On a CPU, such a pass is bound by how many operations it makes, not by their size.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from open_mythos.model.attention import GQAttention
+from open_mythos.model.block import Block
+from open_mythos.model.context import StandIn
+from open_mythos.model.depth_adapter import DepthAdapter, LoopEmbedding
+from open_mythos.model.experts import MoEFFN
+from open_mythos.model.feed_forward import SwiGLU
+from open_mythos.model.halting import ACTHalting
+from open_mythos.model.injection import LTIInjection
+from open_mythos.model.latent_attention import MLAttention
+from open_mythos.model.norm import RMSNorm
+from open_mythos.model.recurrent import RecurrentBlock
+from open_mythos.model.rows import as_array
+
+if TYPE_CHECKING:
+    from open_mythos.model.few_rows.compiled import Threads
+    from open_mythos.model.few_rows.token import FewRowsToken
+    from open_mythos.model.mythos import OpenMythos
+
+_KNOWN = {
+    *(RecurrentBlock, LTIInjection, LoopEmbedding, DepthAdapter, ACTHalting),
+    *(Block, GQAttention, MLAttention, MoEFFN, SwiGLU, RMSNorm),
+    *(nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList),
+}
+
+# What asks for its stand-in where it computes, so that its own hooks run as ever.
+_ASKS_ITSELF = (Block, RecurrentBlock)
+_STOOD_IN_FOR = (*_ASKS_ITSELF, RMSNorm, ACTHalting)
+_HEADS = (nn.Linear, nn.Embedding)
+
+# Above so many positions, or pairs of a position and a key that it sees, arithmetic outweighs the number of operations.
+_MOST, _MOST_PAIRS = 64, 4096
+
+
+class FewRows:
+    """What stands in for a model's parts in passes over few positions."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Made for the model's modules, hooks and weights as they are now; weights may change in place."""
+        self._model = model
+        plain: list[nn.Module] = []
+        parts = [part for part in model._modules.values() if part is not None]
+        all_known = [_collect(part, plain) for part in parts]
+        self._whole = all(all_known) and not _is_patched(model)  # and nothing looks at what goes on in it
+        plain += [part for part, known in zip(parts, all_known, strict=True) if known and isinstance(part, _HEADS)]
+        self._threads: Threads | None = None
+        self._found: dict[nn.Module, StandIn] = {}
+        if plain and not _has_global_hooks() and _compiles():
+            from open_mythos.model.few_rows.compiled import Threads
+
+            self._threads = Threads()
+            self._found = _stand_ins(plain, self._threads)
+
+    def stand_ins(self, n_positions: int, longest: int) -> dict[nn.Module, StandIn]:
+        """By module, for a pass over so many positions that see at most `longest` keys: nothing if these are not few.
+
+        Nor for modules that are not known fully: not float32, not on a CPU, wrapped, replaced, hooked or patched; nor
+        under autocast, or where a process has left its threads behind in forking. Otherwise the calling thread's
+        number of Numba's threads becomes that of PyTorch's.
+        """
+        if self._threads is None or n_positions > _MOST or n_positions * longest > _MOST_PAIRS:
+            return {}
+        if torch.is_autocast_enabled("cpu") or not self._threads.use():
+            return {}
+        return self._found
+
+    def token(self) -> FewRowsToken | None:
+        """A pass over one position of the model, an `OpenMythos`; None if not all of it is known."""
+        model: OpenMythos = self._model  # type: ignore[assignment]
+        if not self._whole or model.config.halting == "settled":
+            return None
+        act, head = model.recurrent.act, model.head or model.embed
+        parts = (*model.prelude, model.prelude_norm, model.recurrent, *model.coda, model.norm, head)
+        if not all(part in self._found for part in parts):
+            return None
+        from open_mythos.model.few_rows.token import FewRowsToken
+
+        found: dict[nn.Module, Any] = self._found
+        return FewRowsToken(
+            config=model.config,
+            embedding=as_array(model.embed.weight),
+            prelude=[found[block] for block in model.prelude],
+            prelude_norm=found[model.prelude_norm],
+            loop=found[model.recurrent],
+            halting=None if act is None else found[act],
+            coda=[found[block] for block in model.coda],
+            norm=found[model.norm],
+            head=found[head],
+        )
+
+
+def _stand_ins(modules: list[nn.Module], threads: Threads) -> dict[nn.Module, StandIn]:
+    from open_mythos.model.few_rows import block as few_rows_block
+    from open_mythos.model.few_rows import loop as few_rows_loop
+
+    blocks: dict[nn.Module, few_rows_block.FewRowsBlock] = {
+        module: few_rows_block.FewRowsBlock(module, threads) for module in modules if isinstance(module, Block)
+    }
+    found: dict[nn.Module, StandIn] = {**blocks}
+    for module in modules:
+        match module:
+            case RecurrentBlock():
+                found[module] = few_rows_loop.FewRowsLoop(module, [blocks[block] for block in module.blocks])
+            case RMSNorm():
+                found[module] = few_rows_loop.FewRowsNorm(module)
+            case ACTHalting():
+                found[module] = few_rows_loop.FewRowsHalting(module)
+            case nn.Linear() | nn.Embedding():
+                found[module] = few_rows_loop.FewRowsHead(module, threads)
+    return found
+
+
+def _collect(module: nn.Module, plain: list[nn.Module]) -> bool:
+    """Add to `plain` the module and its parts where all in them is known; whether the module is, and has no hooks."""
+    parts = [_collect(part, plain) for part in module._modules.values() if part is not None]
+    known = all(parts) and _is_known(module)
+    hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+    if known and isinstance(module, _STOOD_IN_FOR) and (not hooked or isinstance(module, _ASKS_ITSELF)):
+        plain.append(module)
+    return known and not hooked
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether the module, leaving its parts aside, is what its class says, and its weights are plain arrays."""
+    if type(module) not in _KNOWN or _is_patched(module) or module._compiled_call_impl is not None:
+        return False
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return False
+    if type(module) is not ACTHalting:
+        for part in module._modules.values():
+            if part is not None and part._parameters.get("bias") is not None:
+                return False
+    return all(_is_plain(weight) for weight in module._parameters.values() if weight is not None)
+
+
+def _is_plain(weight: nn.Parameter) -> bool:
+    on_cpu = weight.is_cpu and weight.dtype == torch.float32
+    return on_cpu and type(weight) is nn.Parameter and weight.is_contiguous()
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """Whether the module has methods of its own in place of its class's."""
+    return not _methods(type(module)).isdisjoint(vars(module))  # type: ignore[arg-type]
+
+
+@cache
+def _methods(kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(name for name in dir(kind) if callable(getattr(kind, name)))
+
+
+def _has_global_hooks() -> bool:
+    hooks = nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+
+
+def _compiles() -> bool:
+    """Whether Numba, which this imports, compiles: in half a second."""
+    from numba import config
+
+    return not config.DISABLE_JIT  # type: ignore[attr-defined]

@@ -1,0 +1,60 @@
+"""A whole pass over one position of one sequence, which is what decoding consists of.
+
+Main entry: `FewRowsToken`. What a pass does besides its arithmetic takes as long there, if it goes through modules.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from open_mythos.config import MythosConfig
+from open_mythos.model.cache import CacheAddress
+from open_mythos.model.context import ForwardContext
+from open_mythos.model.few_rows.block import FewRowsBlock
+from open_mythos.model.few_rows.loop import FewRowsHalting, FewRowsHead, FewRowsLoop, FewRowsNorm
+from open_mythos.model.rows import Array
+
+
+class FewRowsToken(NamedTuple):
+    """`encode`, the loops and `decode` of a model in evaluation mode, whose halting is "act" or "none"."""
+
+    config: MythosConfig
+    embedding: Array
+    prelude: list[FewRowsBlock]
+    prelude_norm: FewRowsNorm
+    loop: FewRowsLoop
+    halting: FewRowsHalting | None
+    coda: list[FewRowsBlock]
+    norm: FewRowsNorm
+    head: FewRowsHead
+
+    def run(self, token: int, n_loops: int, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """Logits (1, 1, vocab_size) after a token, and how many loops it ran, (1, 1)."""
+        x = self.embedding[token : token + 1] * np.float32(self.config.dim**0.5)
+        for layer, block in enumerate(self.prelude):
+            block.add_to(x, context, CacheAddress("prelude", layer))
+        x, exit_loop = self._loops(self.prelude_norm.rows(x), n_loops, context)
+        for layer, block in enumerate(self.coda):
+            block.add_to(x, context, CacheAddress("coda", layer))
+        logits = self.head.rows(self.norm.rows(x))
+        return torch.from_numpy(logits).unsqueeze(0), torch.full((1, 1), exit_loop, dtype=torch.int32)
+
+    def _loops(self, e: Array, n_loops: int, context: ForwardContext) -> tuple[Array, int]:
+        """The state for the coda and the loops that it took; weighs states as `ACTAccumulator` does."""
+        h = e if self.config.state_init == "input" else np.zeros_like(e)
+        output, mass = np.zeros_like(e), np.float32(0)
+        for t in range(n_loops):
+            h = self.loop.rows(h, e, t, context, t)
+            if self.halting is None:
+                continue
+            p = self.halting.rows(h)[0]
+            stops = t + 1 == n_loops or mass + p >= self.config.act_threshold
+            output += h * (np.float32(1) - mass if stops else p)
+            mass += p
+            if stops:
+                return output, t + 1
+        return h, n_loops
