@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -251,6 +252,25 @@ def test_a_batch_that_ranks_cannot_share_equally_is_refused(tmp_path: Path) -> N
     line = _told_once(on_ranks(3, tmp_path / "ranks", _main, _words(tmp_path / "run")))
     assert line.startswith("mythos: batch_size is 8; it must be a multiple of the number of ranks (3)")
     assert not (tmp_path / "run").exists()
+
+
+def _meet_late(met: Path) -> bool:
+    init = dist.init_process_group
+
+    def slow(*args: Any, **kwargs: Any) -> None:
+        init(*args, **kwargs)
+        time.sleep(1)
+        met.touch()
+
+    if os.environ["RANK"] == "1":
+        dist.init_process_group = slow
+    with joined(torch.device("cpu")):
+        return met.exists()
+
+
+def test_no_rank_goes_on_before_all_have_met(tmp_path: Path) -> None:
+    """One that failed at once left others in the middle of connecting, and PyTorch reported that as a crash."""
+    assert [one.result for one in on_ranks(2, tmp_path / "ranks", _meet_late, tmp_path / "met")] == [True, True]
 
 
 def test_what_is_wrong_on_the_main_rank_ends_all_and_is_told_once(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
+        # One that left before the others had met all would look to them like a crash, which PyTorch reports by itself.
+        dist.all_reduce(torch.zeros(1))
         yield Ranks(rank, world)
     except BaseException as error:
         if _is_first_to_fail(store):
