@@ -1,4 +1,4 @@
-"""Generating goes through `FewRowsBlock` where positions are few, and gives the logits of the full forward."""
+"""Generating goes through `FewRowsBlocks` where positions are few, and gives the logits of the full forward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from open_mythos.model import mythos
 from open_mythos.model.few_rows import stand_ins
-from open_mythos.model.few_rows.block import FewRowsBlock
+from open_mythos.model.few_rows.block import FewRowsBlocks
 from open_mythos.model.few_rows.token import FewRowsToken
 from open_mythos.model.mythos import OpenMythos
 from tiny import random_ids, tiny_config, tiny_model
@@ -96,13 +96,13 @@ def test_the_models_here_halt_at_different_loops() -> None:
 
 def _count_calls(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     calls: list[None] = []
-    original = FewRowsBlock.add_to
+    original = FewRowsBlocks.add_to
 
-    def counted(self: FewRowsBlock, *arguments: Any) -> None:
+    def counted(self: FewRowsBlocks, *arguments: Any) -> None:
         calls.append(None)
         original(self, *arguments)
 
-    monkeypatch.setattr(FewRowsBlock, "add_to", counted)
+    monkeypatch.setattr(FewRowsBlocks, "add_to", counted)
     return calls
 
 

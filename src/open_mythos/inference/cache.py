@@ -5,7 +5,6 @@ Main entries: `CacheLayout`, `PagedCache`, `RowTable`.
 
 from __future__ import annotations
 
-from functools import cached_property
 from math import ceil, lcm
 
 import numpy as np
@@ -13,10 +12,10 @@ from torch import Tensor
 
 from open_mythos.config import MythosConfig
 from open_mythos.inference.pages import PageAllocator
-from open_mythos.model.cache import CacheAddress, Entries
+from open_mythos.model.cache import CacheAddress, Entries, Stage
 from open_mythos.model.cache_sharing import CacheSharing, EveryLoop
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.model.rows import Array, Rows, as_array
+from open_mythos.model.rows import Rows, described
 
 _LEAST_PER_PAGE = 16
 
@@ -67,15 +66,24 @@ class PagedCache:
         # Heads first: what is read of a head then lies in one piece, as a product over keys wants it.
         self._entries = {name: like.new_zeros(*shape[:-1], n_rows, shape[-1]) for name, shape in layout.shapes.items()}
 
+        self._described: dict[tuple[Stage, int, int], Rows] = {}
+
     @property
     def spare_row(self) -> int:
         """Where an entry of any kind may be written that nobody is to read."""
         return self.pages.n_pages * self.layout.page_rows
 
-    @cached_property
-    def arrays(self) -> tuple[Array, ...]:
-        """The entries again, for NumPy, (heads, rows, width)."""
-        return tuple(as_array(tensor.view(-1, *tensor.shape[-2:])) for tensor in self._entries.values())
+    def described(self, first: CacheAddress, n_layers: int) -> Rows:
+        """The entries (heads, rows, width) of some layers, (layers, kinds, 4), as `Seen` has them.
+
+        A layer's begin at its own row, and end behind the others' by as much, where nothing is looked for.
+        """
+        if (first.stage, first.layer, n_layers) not in self._described:
+            layers = [self.layout.offset(first._replace(layer=first.layer + k)) for k in range(n_layers)]
+            whole = [described(tensor.view(-1, *tensor.shape[-2:])) for tensor in self._entries.values()]
+            each = [[(at + row * sizes[-1] * 4, *sizes) for at, *sizes in whole] for row in layers]
+            self._described[first.stage, first.layer, n_layers] = np.array(each)
+        return self._described[first.stage, first.layer, n_layers]
 
     @property
     def bytes_in_use(self) -> int:

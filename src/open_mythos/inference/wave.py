@@ -78,10 +78,9 @@ class WaveContext(ForwardContext):
         """Of every lane, in order."""
         return np.concatenate([[at for at, _ in self._singles], *(at for at, _ in self._blocks)]).astype(np.int64)
 
-    def seen(self, address: CacheAddress, window: int | None) -> Seen:
+    def seen(self, first: CacheAddress, n_layers: int, window: int | None) -> Seen:
         """Where every position is to be stored, and what it sees; the window is that of the wave's stage."""
-        first_rows, counts = self._keys
-        return Seen(self._cache.arrays, first_rows + self._cache.layout.offset(address), counts)
+        return Seen(self._cache.described(first, n_layers), *self._keys)
 
     def attend(
         self,

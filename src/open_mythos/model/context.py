@@ -77,10 +77,10 @@ class ForwardContext:
             return None
         return rotary_table(positions, config.rotary_dim, config.rotary_base, self.dtype, config.rotary_heads)
 
-    def seen(self, address: CacheAddress, window: int | None) -> Seen:
-        """Where the new positions are to be stored, and what each sees, itself the last."""
+    def seen(self, first: CacheAddress, n_layers: int, window: int | None) -> Seen:
+        """Where some layers are to store the new positions, and what each of these sees, itself the last."""
         assert isinstance(self.store, SequenceStore), "other stores know no rows"
-        return self.store.seen(address, self.n_new, window)
+        return self.store.seen(first, n_layers, self.n_new, window)
 
     @cached_property
     def rotations(self) -> Array:

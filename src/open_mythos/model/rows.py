@@ -1,6 +1,6 @@
 """Rows of a few positions in memory that PyTorch and NumPy share.
 
-Main entries: `Seen`, `as_array`.
+Main entries: `Seen`, `as_array`, `described`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ Rows: TypeAlias = npt.NDArray[np.int64]
 class Seen(NamedTuple):
     """What each of n positions sees of a cache."""
 
-    entries: tuple[Array, ...]
-    """All that is stored of a layer, (heads, rows, width) for each of what the config's `cache_widths` name."""
+    entries: Rows
+    """(layers, kinds, 4): all that is stored of some layers, `described`, for what the config's `cache_widths` name:
+    (heads, rows, width). Whoever keeps the cache keeps the arrays."""
     rows: Rows
     """(n, most): the rows that each position sees come first in its line, its own the last of them."""
     counts: Rows
@@ -30,3 +31,8 @@ def as_array(tensor: Tensor) -> Array:
     """The numbers themselves, not a copy."""
     array: Array = tensor.detach().numpy()
     return array
+
+
+def described(tensor: Tensor) -> tuple[int, ...]:
+    """Where a contiguous tensor lies, and its sizes, at most three; where there are fewer, the first ones are 1."""
+    return (tensor.data_ptr(), *(1,) * (3 - tensor.dim()), *tensor.shape)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from open_mythos.config import MythosConfig
 from open_mythos.model.cache import CacheAddress, Entries
-from open_mythos.model.rows import Array, Rows, Seen, as_array
+from open_mythos.model.rows import Rows, Seen, described
 
 
 class _Slot:
@@ -23,12 +23,10 @@ class _Slot:
         self.entries, self.filled = entries, 0
 
     @cached_property
-    def arrays(self) -> tuple[Array, ...]:
-        """The entries for NumPy, (heads, positions, width), the sequences one after the other."""
+    def described(self) -> list[tuple[int, ...]]:
+        """The entries as (heads, positions, width), the sequences one after the other."""
         tensors = self.entries.values()
-        return tuple(
-            as_array(tensor.view(-1, tensor.shape[-3] * tensor.shape[-2], tensor.shape[-1])) for tensor in tensors
-        )
+        return [described(x.view(-1, x.shape[-3] * x.shape[-2], x.shape[-1])) for x in tensors]
 
     def copy(self, other: _Slot, positions: slice) -> None:
         """Take the entries of some positions from another slot."""
@@ -52,6 +50,7 @@ class SequenceStore:
         self._shapes = config.cache_widths
         self._batch, self._capacity, self._like = batch, capacity, like
         self._slots: dict[CacheAddress, _Slot] = {}
+        self._described: dict[tuple[CacheAddress, int], Rows] = {}
         self._rows: dict[tuple[int, int | None], tuple[Rows, Rows]] = {}
         self._firsts, self._places = np.arange(batch)[:, None] * capacity, np.arange(capacity)
         self.length = 0
@@ -74,14 +73,17 @@ class SequenceStore:
         slot = self._slots[address._replace(loop=address.loop - 1)]
         return slot.seen(slice(self.length, slot.filled))
 
-    def seen(self, address: CacheAddress, n_new: int, window: int | None) -> Seen:
+    def seen(self, first: CacheAddress, n_layers: int, n_new: int, window: int | None) -> Seen:
         """Room for `n_new` more positions per sequence, which the caller fills, and what their queries see; on the CPU.
 
-        All positions of the first sequence come first.
+        For some layers, of which the first has the address `first`. All positions of the first sequence come first.
         """
-        slot = self._slot(address)
-        slot.filled = self.length + n_new
-        return Seen(slot.arrays, *self._rows_seen(n_new, window))
+        slots = [self._slot(first._replace(layer=first.layer + k)) for k in range(n_layers)]
+        for slot in slots:
+            slot.filled = self.length + n_new
+        if (first, n_layers) not in self._described:
+            self._described[first, n_layers] = np.array([slot.described for slot in slots])
+        return Seen(self._described[first, n_layers], *self._rows_seen(n_new, window))
 
     def _rows_seen(self, n_new: int, window: int | None) -> tuple[Rows, Rows]:
         """Where the positions lie that each new one sees, and how many they are; what is behind them has no meaning."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from open_mythos.model.few_rows.compiled import compiled, n_parts, parallel
+from open_mythos.model.few_rows.compiled import INDEX, INDICES, STACK, VECTOR, compiled, n_parts, parallel, shared
 from open_mythos.model.few_rows.pointwise import rms_norm, rotate
 from open_mythos.model.few_rows.products import add_product
 from open_mythos.model.rows import Array, Rows
@@ -233,7 +233,7 @@ def _release(mixed: Array, kv_up: Array, first: int, end: int, out: Array) -> No
                 out[i, h, j] = total
 
 
-@compiled
+@shared(STACK, STACK, STACK, INDICES, INDEX, "float32", VECTOR, "int64", "int64", STACK)
 def _attend_heads(
     queries: Array,
     keys: Array,

@@ -1,10 +1,11 @@
 """How the functions of this package are compiled, when first called, and on how many threads they run.
 
-Main entries: `compiled`, `parallel`, `n_parts`, `Threads`. Importing this module imports Numba: half a second.
+Main entries: `compiled`, `parallel`, `shared`, `n_parts`, `Threads`. Importing this imports Numba: half a second.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -14,9 +15,13 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
+import llvmlite.binding
 import torch
+from llvmlite import ir
 from numba import config, njit, set_num_threads, threading_layer  # type: ignore[attr-defined]
+from numba.core import cgutils, sigutils
 from numba.core.event import Event, Listener, register
+from numba.extending import intrinsic
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -29,11 +34,20 @@ _REORDERED = {"reassoc", "contract", "nsz", "arcp"}
 _LOOPS = {"prange": True, "comprehension": False, "reduction": False, "inplace_binop": False, "setitem": False}
 _LOOPS |= {"numpy": False, "stencil": False, "fusion": False}
 
+# Kinds of parameters of shared functions, in Numba's words.
+VECTOR, MATRIX, STACK, INDEX, INDICES = (
+    "float32[::1]",
+    "float32[:, ::1]",
+    "float32[:, :, ::1]",
+    "int64[::1]",
+    "int64[:, ::1]",
+)
+
 # Multiplications that take about as long as starting threads does.
 _WORTH_A_THREAD = 2**15
 
 
-def compiled(function: _Function, *, threads: bool = False) -> _Function:
+def compiled(function: _Function, *, threads: bool = False, by_name: bool = False) -> _Function:
     """A function of arrays and numbers, compiled and kept on disk.
 
     Arrays are best copied number by number there: assigning an array to a slice takes Numba ten seconds to compile.
@@ -41,7 +55,7 @@ def compiled(function: _Function, *, threads: bool = False) -> _Function:
     options: dict[str, Any] = {
         "fastmath": _REORDERED,
         "error_model": "numpy",
-        "no_cfunc_wrapper": True,
+        "no_cfunc_wrapper": not by_name,
         "parallel": _LOOPS if threads else False,
     }
     try:
@@ -83,6 +97,53 @@ parallel = partial(compiled, threads=True)
 """The same for one that has `prange`."""
 
 
+_to_be_named: list[Callable[[], None]] = []
+"""What gives shared functions their names, where it has not been done yet."""
+_naming = Lock()
+
+
+def shared(*kinds: str) -> Callable[[_Function], _Function]:
+    """A function that others call by its name, so that it is compiled once and not again with each of them.
+
+    It can be called by compiled functions only. `kinds` are those of its parameters, in Numba's words; it returns
+    nothing.
+    """
+
+    def wrap(function: _Function) -> _Function:
+        arguments, returned = sigutils.normalize_signature(f"void({', '.join(kinds)})")
+        name = f"{function.__module__}.{function.__qualname__}"
+        dispatcher: Any = compiled(function, by_name=True)
+
+        def give_name() -> None:
+            dispatcher.compile(arguments)
+            found = dispatcher.get_compile_result(returned(*arguments))
+            address = found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name)
+            llvmlite.binding.add_symbol(name, address)
+
+        def call(_context: Any, *_arguments: Any) -> Any:
+            def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+                kind = ir.FunctionType(ir.VoidType(), [context.get_value_type(argument) for argument in arguments])
+                builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+                return context.get_dummy_value()
+
+            return returned(*arguments), generate
+
+        context = inspect.Parameter("_context", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(function).parameters.values()
+        call.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+        _to_be_named.append(give_name)
+        return intrinsic(call)  # type: ignore[return-value]
+
+    return wrap
+
+
+def _name_all() -> None:
+    with _naming:
+        while _to_be_named:
+            _to_be_named[-1]()
+            _to_be_named.pop()
+
+
 @compiled
 def n_parts(multiplications: int, threads: int) -> int:
     """Into how many parts so much work is best divided."""
@@ -106,6 +167,8 @@ class Threads:
             return False
         self.n = min(torch.get_num_threads(), most)
         set_num_threads(self.n)
+        if _to_be_named:
+            _name_all()
         return True
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from open_mythos.model.few_rows.compiled import compiled, n_parts, parallel
+from open_mythos.model.few_rows.compiled import INDEX, MATRIX, compiled, n_parts, parallel, shared
 from open_mythos.model.few_rows.pointwise import rms_norm
 from open_mythos.model.few_rows.products import add_part, add_product, first_panel, share, side_by_side
 from open_mythos.model.rows import Array, Rows
@@ -119,7 +119,7 @@ def _add_down(hidden: Array, down: Array, ends: Rows, owners: Rows, stream: Arra
             start = ends[e]
 
 
-@compiled
+@shared(MATRIX, MATRIX, INDEX, "int64", "int64", "int64", "int64", MATRIX)
 def _add_expert(
     hidden: Array, down: Array, owners: Rows, start: int, stop: int, first: int, end: int, out: Array
 ) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from open_mythos.model.cache import CacheAddress
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.depth_adapter import DepthAdapter
-from open_mythos.model.few_rows.block import FewRowsBlock
+from open_mythos.model.few_rows.block import FewRowsBlocks
 from open_mythos.model.few_rows.compiled import Threads
 from open_mythos.model.few_rows.pointwise import adapt, halting_probability, inject, rms_norm
 from open_mythos.model.few_rows.products import add_product
@@ -26,7 +26,7 @@ from open_mythos.model.rows import Array, as_array
 class FewRowsLoop:
     """`RecurrentBlock.step` for positions of which none has halted."""
 
-    def __init__(self, recurrent: RecurrentBlock, blocks: list[FewRowsBlock]) -> None:
+    def __init__(self, recurrent: RecurrentBlock, blocks: FewRowsBlocks) -> None:
         self._blocks, self._embedding = blocks, recurrent.loop_embedding
         self._injection, self._b = recurrent.injection, as_array(recurrent.injection.B)
         self._adapter = None if recurrent.adapter is None else _Adapter(recurrent.adapter)
@@ -42,8 +42,7 @@ class FewRowsLoop:
         if self._embedding is not None:
             u += self._embedding(index).view(-1, u.shape[1]).numpy()
         x = u.copy()
-        for layer, block in enumerate(self._blocks):
-            block.add_to(x, context, CacheAddress("recurrent", layer, t))
+        self._blocks.add_to(x, context, CacheAddress("recurrent", 0, t))
         if self._adapter is not None:
             self._adapter.add_to(x, u, index, context)
         return x

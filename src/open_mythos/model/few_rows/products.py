@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from open_mythos.model.few_rows.compiled import compiled, n_parts, parallel
+from open_mythos.model.few_rows.compiled import MATRIX, STACK, compiled, n_parts, parallel, shared
 from open_mythos.model.few_rows.tiles import (
     CHANNELS,
     CHANNELS_16,
@@ -45,7 +45,7 @@ def add_product(x: Array, weight: Array, scale: np.float32, out: Array, threads:
         add_part(x, panels, 0, weight, scale, share(width, part, parts), share(width, part + 1, parts), out)
 
 
-@compiled
+@shared(MATRIX, STACK, "int64", MATRIX, "float32", "int64", "int64", MATRIX)
 def add_part(
     x: Array, panels: Array, panel: int, weight: Array, scale: np.float32, first: int, end: int, out: Array
 ) -> None:

@@ -26,6 +26,7 @@ from open_mythos.model.rows import as_array
 
 if TYPE_CHECKING:
     from open_mythos.model.few_rows.compiled import Threads
+    from open_mythos.model.few_rows.layers import Layer
     from open_mythos.model.few_rows.token import FewRowsToken
     from open_mythos.model.mythos import OpenMythos
 
@@ -56,12 +57,14 @@ class FewRows:
         self._whole = all(all_known) and not _is_patched(model)  # and nothing looks at what goes on in it
         plain += [part for part, known in zip(parts, all_known, strict=True) if known and isinstance(part, _HEADS)]
         self._threads: Threads | None = None
+        self._layers: dict[nn.Module, Layer] = {}
         self._found: dict[nn.Module, StandIn] = {}
         if plain and not _has_global_hooks() and _compiles():
             from open_mythos.model.few_rows.compiled import Threads
 
             self._threads = Threads()
-            self._found = _stand_ins(plain, self._threads)
+            self._layers = _layers(plain)
+            self._found = _stand_ins(plain, self._layers, self._threads)
 
     def stand_ins(self, n_positions: int, longest: int) -> dict[nn.Module, StandIn]:
         """By module, for a pass over so many positions that see at most `longest` keys: nothing if these are not few.
@@ -79,40 +82,48 @@ class FewRows:
     def token(self) -> FewRowsToken | None:
         """A pass over one position of the model, an `OpenMythos`; None if not all of it is known."""
         model: OpenMythos = self._model  # type: ignore[assignment]
-        if not self._whole or model.config.halting == "settled":
+        threads = self._threads
+        if threads is None or not self._whole or model.config.halting == "settled":
             return None
         act, head = model.recurrent.act, model.head or model.embed
         parts = (*model.prelude, model.prelude_norm, model.recurrent, *model.coda, model.norm, head)
         if not all(part in self._found for part in parts):
             return None
+        from open_mythos.model.few_rows.block import FewRowsBlocks
         from open_mythos.model.few_rows.token import FewRowsToken
 
+        stages = [[self._layers[block] for block in blocks] for blocks in (model.prelude, model.coda)]
+        prelude, coda = (FewRowsBlocks(stage, threads) if stage else None for stage in stages)
         found: dict[nn.Module, Any] = self._found
         return FewRowsToken(
             config=model.config,
             embedding=as_array(model.embed.weight),
-            prelude=[found[block] for block in model.prelude],
+            prelude=prelude,
             prelude_norm=found[model.prelude_norm],
             loop=found[model.recurrent],
             halting=None if act is None else found[act],
-            coda=[found[block] for block in model.coda],
+            coda=coda,
             norm=found[model.norm],
             head=found[head],
         )
 
 
-def _stand_ins(modules: list[nn.Module], threads: Threads) -> dict[nn.Module, StandIn]:
-    from open_mythos.model.few_rows import block as few_rows_block
-    from open_mythos.model.few_rows import loop as few_rows_loop
+def _layers(modules: list[nn.Module]) -> dict[nn.Module, Layer]:
+    from open_mythos.model.few_rows.layers import Layer
 
-    blocks: dict[nn.Module, few_rows_block.FewRowsBlock] = {
-        module: few_rows_block.FewRowsBlock(module, threads) for module in modules if isinstance(module, Block)
-    }
-    found: dict[nn.Module, StandIn] = {**blocks}
+    return {module: Layer(module) for module in modules if isinstance(module, Block)}
+
+
+def _stand_ins(modules: list[nn.Module], layers: dict[nn.Module, Layer], threads: Threads) -> dict[nn.Module, StandIn]:
+    from open_mythos.model.few_rows import loop as few_rows_loop
+    from open_mythos.model.few_rows.block import FewRowsBlocks
+
+    found: dict[nn.Module, StandIn] = {block: FewRowsBlocks([layer], threads) for block, layer in layers.items()}
     for module in modules:
         match module:
             case RecurrentBlock():
-                found[module] = few_rows_loop.FewRowsLoop(module, [blocks[block] for block in module.blocks])
+                blocks = FewRowsBlocks([layers[block] for block in module.blocks], threads)
+                found[module] = few_rows_loop.FewRowsLoop(module, blocks)
             case RMSNorm():
                 found[module] = few_rows_loop.FewRowsNorm(module)
             case ACTHalting():

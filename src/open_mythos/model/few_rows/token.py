@@ -14,7 +14,7 @@ from torch import Tensor
 from open_mythos.config import MythosConfig
 from open_mythos.model.cache import CacheAddress
 from open_mythos.model.context import ForwardContext
-from open_mythos.model.few_rows.block import FewRowsBlock
+from open_mythos.model.few_rows.block import FewRowsBlocks
 from open_mythos.model.few_rows.loop import FewRowsHalting, FewRowsHead, FewRowsLoop, FewRowsNorm
 from open_mythos.model.rows import Array
 
@@ -24,22 +24,22 @@ class FewRowsToken(NamedTuple):
 
     config: MythosConfig
     embedding: Array
-    prelude: list[FewRowsBlock]
+    prelude: FewRowsBlocks | None
     prelude_norm: FewRowsNorm
     loop: FewRowsLoop
     halting: FewRowsHalting | None
-    coda: list[FewRowsBlock]
+    coda: FewRowsBlocks | None
     norm: FewRowsNorm
     head: FewRowsHead
 
     def run(self, token: int, n_loops: int, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """Logits (1, 1, vocab_size) after a token, and how many loops it ran, (1, 1)."""
         x = self.embedding[token : token + 1] * np.float32(self.config.dim**0.5)
-        for layer, block in enumerate(self.prelude):
-            block.add_to(x, context, CacheAddress("prelude", layer))
+        if self.prelude is not None:
+            self.prelude.add_to(x, context, CacheAddress("prelude", 0))
         x, exit_loop = self._loops(self.prelude_norm.rows(x), n_loops, context)
-        for layer, block in enumerate(self.coda):
-            block.add_to(x, context, CacheAddress("coda", layer))
+        if self.coda is not None:
+            self.coda.add_to(x, context, CacheAddress("coda", 0))
         logits = self.head.rows(self.norm.rows(x))
         return torch.from_numpy(logits).unsqueeze(0), torch.full((1, 1), exit_loop, dtype=torch.int32)
 

@@ -1,0 +1,216 @@
+"""Layers as compiled code knows them: where their weights lie, and what else they are.
+
+Main entries: `Layer`, `add_layers`. All layers of a stage are computed in one call, which is given addresses: what
+Numba does for every array that it is given takes longer than reading an address.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import carray, types  # type: ignore[attr-defined]
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+from open_mythos.model.attention import GQAttention
+from open_mythos.model.block import Block
+from open_mythos.model.experts import MoEFFN
+from open_mythos.model.feed_forward import SwiGLU
+from open_mythos.model.few_rows.attention import add_gqa, add_mla
+from open_mythos.model.few_rows.compiled import compiled
+from open_mythos.model.few_rows.feed_forward import add_dense, add_experts
+from open_mythos.model.latent_attention import MLAttention
+from open_mythos.model.rows import Array, Rows, described
+
+_WEIGHTS = (
+    *("attn_gain", "qkv", "qk_gain", "down", "q_gain", "q_up", "kv_gain", "kv_up", "sink", "out"),
+    *("ffn_gain", "gate", "up", "ffn_down", "router", "router_bias", "expert_gate", "expert_up", "expert_down"),
+)
+_NUMBERS = ("attn_eps", "attn_scale", "ffn_eps", "expert_scale", "branch_scale")
+_CHOICES = ("is_latent", "has_normed_heads", "has_experts", "is_softmax", "top_k")
+
+_LAYER = np.dtype(
+    [
+        *((name, np.int64, (4,)) for name in _WEIGHTS),  # `described`; zeros where there are none
+        *((name, np.float32) for name in _NUMBERS),
+        *((name, np.int64) for name in _CHOICES),
+    ],
+    align=True,
+)
+
+Known: TypeAlias = dict[str, Any]
+"""Of a layer, by the names above."""
+
+
+class Layer:
+    """A block, whose weights are not copied; they may change in place."""
+
+    def __init__(self, block: Block) -> None:
+        self.window = block.attn.window
+        self._known = _known(block)  # what lies behind the addresses is kept by this
+        self.row: npt.NDArray[Any] = np.zeros(1, _LAYER)
+        """The block as a table of one layer; several are joined by `np.concatenate`."""
+        for name, value in self._known.items():
+            self.row[name] = described(value) if isinstance(value, Tensor) else value
+
+
+def _known(block: Block) -> Known:
+    attn, ffn = block.attn, block.ffn
+    assert isinstance(attn, (GQAttention, MLAttention))
+    assert isinstance(ffn, (MoEFFN, SwiGLU))
+    norms = {"attn_gain": block.attn_norm.weight, "attn_eps": block.attn_norm.eps}
+    norms |= {"ffn_gain": block.ffn_norm.weight, "ffn_eps": block.ffn_norm.eps}
+    attention = _mla(attn) if isinstance(attn, MLAttention) else _gqa(attn)
+    sink = {} if attn.sink is None else {"sink": attn.sink}
+    feed_forward = _experts(ffn) if isinstance(ffn, MoEFFN) else _dense(ffn)
+    return {**norms, **attention, **sink, "out": attn.out.weight, **feed_forward, "branch_scale": block.branch_scale}
+
+
+def _gqa(attn: GQAttention) -> Known:
+    ones = torch.ones(attn.n_heads + attn.n_kv_heads, attn.head_dim)
+    gain = ones if attn.qk_gain is None else attn.qk_gain
+    known = {"qkv": attn.qkv.weight, "qk_gain": gain, "has_normed_heads": attn.qk_gain is not None}
+    return {**known, "attn_scale": attn.head_dim**-0.5}
+
+
+def _mla(attn: MLAttention) -> Known:
+    matrices = {name: getattr(attn, name).weight for name in ("down", "q_up")}
+    gains = {"q_gain": attn.q_norm.weight, "kv_gain": attn.kv_norm.weight}
+    by_head = attn.kv_up.weight.detach().unflatten(0, (attn.n_heads, -1))
+    scale = (attn.nope_dim + attn.rope_dim) ** -0.5
+    return {"is_latent": True, **matrices, **gains, "kv_up": by_head, "attn_scale": scale}
+
+
+def _dense(ffn: SwiGLU) -> Known:
+    return {"gate": ffn.gate.weight, "up": ffn.up.weight, "ffn_down": ffn.down.weight}
+
+
+def _experts(ffn: MoEFFN) -> Known:
+    shared = {} if ffn.shared is None else _dense(ffn.shared)
+    routed = {"expert_gate": ffn.gate, "expert_up": ffn.up, "expert_down": ffn.down}
+    router = {"router": ffn.router.weight, "router_bias": ffn.router_bias, "top_k": ffn.topk}
+    return {
+        **shared,
+        **routed,
+        **router,
+        "is_softmax": ffn.score == "softmax",
+        "expert_scale": ffn.scale,
+        "has_experts": True,
+    }
+
+
+@compiled
+def add_layers(
+    stream: Array, rotations: Array, layers: Any, entries: Rows, rows: Rows, counts: Rows, threads: int
+) -> None:
+    """Add to the stream (n, dim), layer by layer, what each of the layers makes of it; what is new is stored.
+
+    `layers` are rows of `Layer`; `entries`, `rows` and `counts` are those of `Seen`.
+    """
+    for k in range(layers.shape[0]):
+        _add_attention(stream, rotations, layers[k], entries[k], rows, counts, threads)
+        _add_feed_forward(stream, layers[k], threads)
+
+
+@compiled
+def _add_attention(
+    stream: Array, rotations: Array, layer: Any, entries: Rows, rows: Rows, counts: Rows, threads: int
+) -> None:
+    gain, sink, out = _vector(layer.attn_gain), _vector(layer.sink), _matrix(layer.out)
+    if layer.is_latent:
+        add_mla(
+            stream,
+            rotations,
+            _stack(entries[0]),
+            rows,
+            counts,
+            gain,
+            layer.attn_eps,
+            _matrix(layer.down),
+            _vector(layer.q_gain),
+            _matrix(layer.q_up),
+            _vector(layer.kv_gain),
+            _stack(layer.kv_up),
+            layer.attn_scale,
+            sink,
+            out,
+            layer.branch_scale,
+            threads,
+        )
+    else:
+        add_gqa(
+            stream,
+            rotations,
+            _stack(entries[0]),
+            _stack(entries[1]),
+            rows,
+            counts,
+            gain,
+            layer.attn_eps,
+            _matrix(layer.qkv),
+            layer.has_normed_heads != 0,
+            _matrix(layer.qk_gain),
+            layer.attn_scale,
+            sink,
+            out,
+            layer.branch_scale,
+            threads,
+        )
+
+
+@compiled
+def _add_feed_forward(stream: Array, layer: Any, threads: int) -> None:
+    gain, gate, up, down = _vector(layer.ffn_gain), _stack(layer.gate), _stack(layer.up), _matrix(layer.ffn_down)
+    if layer.has_experts:
+        add_experts(
+            stream,
+            gain,
+            layer.ffn_eps,
+            gate,
+            up,
+            down,
+            _matrix(layer.router),
+            _vector(layer.router_bias),
+            layer.top_k,
+            layer.is_softmax != 0,
+            layer.expert_scale,
+            _stack(layer.expert_gate),
+            _stack(layer.expert_up),
+            _stack(layer.expert_down),
+            layer.branch_scale,
+            threads,
+        )
+    else:
+        add_dense(stream, gain, layer.ffn_eps, gate, up, down, layer.branch_scale, threads)
+
+
+@compiled
+def _vector(place: Rows) -> Array:
+    """What is `described`, by its last dimension."""
+    return carray(_pointer(place[0]), (place[3],), np.float32)
+
+
+@compiled
+def _matrix(place: Rows) -> Array:
+    """By its last two dimensions."""
+    return carray(_pointer(place[0]), (place[2], place[3]), np.float32)
+
+
+@compiled
+def _stack(place: Rows) -> Array:
+    """By all three."""
+    return carray(_pointer(place[0]), (place[1], place[2], place[3]), np.float32)
+
+
+def _at(_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
+
+
+_pointer: Any = intrinsic(_at)
