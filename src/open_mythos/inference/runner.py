@@ -5,7 +5,7 @@ Main entry: `Runner`. It calls the model's own three stages and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from open_mythos.inference.exit import ExitRule, LoopView
 from open_mythos.inference.flight import Bools, Flight, Ints
 from open_mythos.inference.request import Request, Turn
 from open_mythos.inference.wave import Lane, WaveContext
-from open_mythos.model.context import ForwardContext
+from open_mythos.model.context import Constants, ForwardContext
 from open_mythos.model.few_rows.stand_ins import FewRows
 from open_mythos.model.halting import has_moved
 from open_mythos.model.mythos import OpenMythos
@@ -40,7 +40,7 @@ class Runner:
         self.model, self.cache, self._compiled = model, cache, compiled
         self._like = model.embed.weight
         self.flight = Flight(model.config.dim, self._like)
-        self._constants: dict[Hashable, Tensor] = {}
+        self._constants: Constants = {}
         self._few: FewRows | None = None
 
     def rest(self) -> None:

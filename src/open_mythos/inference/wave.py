@@ -5,7 +5,7 @@ Main entries: `Lane`, `WaveContext`. All positions lie side by side in one seque
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from open_mythos.config import MythosConfig
 from open_mythos.inference.cache import PagedCache, RowTable
 from open_mythos.model.cache import CacheAddress, Entries
-from open_mythos.model.context import ForwardContext, Visible
+from open_mythos.model.context import Constants, ForwardContext, Visible
 from open_mythos.model.mask import AttentionMask, OwnMasks, in_reach
 from open_mythos.model.rope import RotaryTable
 from open_mythos.model.rows import Array, Rows, Seen
@@ -48,7 +48,7 @@ class WaveContext(ForwardContext):
         cache: PagedCache,
         lanes: Sequence[Lane],
         like: Tensor,
-        constants: dict[Hashable, Tensor],
+        constants: Constants,
     ) -> None:
         n_positions = sum(1 if isinstance(at, int) else len(at) for _, at, _ in lanes)
         super().__init__(config, n_positions, like.device, like.dtype, constants=constants)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from open_mythos.model.mask import AttentionMask
 from open_mythos.model.rope import RotaryTable, rotary_table, rotations
 from open_mythos.model.rows import Array, Rows, Seen
 from open_mythos.model.sequence_store import SequenceStore
+
+T = TypeVar("T")
 
 
 class Injected(NamedTuple):
@@ -32,8 +34,15 @@ class Injected(NamedTuple):
 Visible = Callable[[tuple[Tensor, ...], Entries, AttentionMask], Tensor]
 """What attention is, given queries (batch, queries, ...), entries (batch, keys, ...), and who of them sees whom."""
 
+Constants = dict[Hashable, Any]
+"""What follows from the weights alone, by what it is."""
+
 StandIn = Callable[..., Tensor]
 """What computes a module's output, or a loop of the recurrent block, in its place."""
+
+
+# Rotations of so many positions are computed together: about as fast as those of a single one.
+_AT_A_TIME = 64
 
 
 class ForwardContext:
@@ -46,7 +55,7 @@ class ForwardContext:
         device: torch.device,
         dtype: torch.dtype,
         store: KVStore | None = None,
-        constants: dict[Hashable, Tensor] | None = None,
+        constants: Constants | None = None,
     ) -> None:
         """Passes that share `constants` must not change the weights between them."""
         self.store: KVStore = store if store is not None else PassStore()
@@ -85,7 +94,12 @@ class ForwardContext:
     @cached_property
     def rotations(self) -> Array:
         """Cosines and sines of the new positions, (n_new, dim); (1, 0) without rotary positions."""
-        return self._rotations_at(np.arange(self.store.length, self.store.length + self.n_new))
+        table, start = divmod(self.store.length, _AT_A_TIME)
+        end = start + self.n_new
+        if end > _AT_A_TIME or not self.config.use_rope:
+            return self._rotations_at(np.arange(self.store.length, self.store.length + self.n_new))
+        positions = np.arange(table * _AT_A_TIME, (table + 1) * _AT_A_TIME)
+        return self.constant(("rotations", table), lambda: self._rotations_at(positions))[start:end]
 
     def _rotations_at(self, positions: Rows) -> Array:
         config = self.config
@@ -97,13 +111,13 @@ class ForwardContext:
         """The module, or what stands in for it."""
         return self.stand_ins.get(module, module)
 
-    def constant(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+    def constant(self, key: Hashable, compute: Callable[[], T]) -> T:
         """What follows from the weights alone; where no gradients are taken, computed once."""
         if torch.is_grad_enabled():
             return compute()
         if key not in self.constants:
             self.constants[key] = compute()
-        return self.constants[key]
+        return self.constants[key]  # type: ignore[no-any-return]
 
     def mask(self, window: int | None) -> AttentionMask:
         """The mask of a layer with this window, built once per pass."""

@@ -6,7 +6,7 @@ Main entry: `OpenMythos`. `encode`, `loop_step` and `decode` are the only forwar
 from __future__ import annotations
 
 import secrets
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from open_mythos.model import folder
 from open_mythos.model.block import Block
 from open_mythos.model.cache import CacheAddress, DictStore, KVStore, PlainCache, Stage
 from open_mythos.model.checks import check_ids, check_loops, check_sampling
-from open_mythos.model.context import ForwardContext
+from open_mythos.model.context import Constants, ForwardContext
 from open_mythos.model.evaluation import evaluating
 from open_mythos.model.experts import MoEFFN
 from open_mythos.model.few_rows.stand_ins import FewRows
@@ -107,9 +107,7 @@ class OpenMythos(nn.Module):
         """(vocab_size, dim); the embedding's where the two are tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
-    def context(
-        self, n_new: int, store: KVStore | None = None, constants: dict[Hashable, Tensor] | None = None
-    ) -> ForwardContext:
+    def context(self, n_new: int, store: KVStore | None = None, constants: Constants | None = None) -> ForwardContext:
         """What the layers of one pass over `n_new` positions share."""
         weight = self.embed.weight
         return ForwardContext(self.config, n_new, weight.device, weight.dtype, store, constants)
@@ -216,7 +214,7 @@ class OpenMythos(nn.Module):
         """Each step's tokens; evaluation mode and inference mode are the caller's to switch on for every step."""
         loops = check_loops(n_loops, ids, self.config)
         store = SequenceStore(self.config, ids.shape[0], ids.shape[1] + max_new_tokens, self.embed.weight)
-        new, constants = ids, dict[Hashable, Tensor]()
+        new, constants = ids, Constants()
         few = FewRows(self)
         token = few.token() if type(self) is OpenMythos else None
         for _ in range(max_new_tokens):

@@ -168,6 +168,9 @@ def _attend(
     """Each of the heads over its own keys and values."""
     n_heads = out.shape[1]
     parts = min(n_heads, n_parts(2 * out.size * rows.shape[1], threads))
+    if parts == 1:  # other threads are started even for nothing
+        _attend_heads(queries, keys, values, rows, counts, scale, sink, 0, n_heads, out)
+        return
     for part in prange(parts):
         first, end = n_heads * part // parts, n_heads * (part + 1) // parts
         _attend_heads(queries, keys, values, rows, counts, scale, sink, first, end, out)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from open_mythos.model.cache import CacheAddress
 from open_mythos.model.context import ForwardContext
-from open_mythos.model.depth_adapter import DepthAdapter
 from open_mythos.model.few_rows.block import FewRowsBlocks
 from open_mythos.model.few_rows.compiled import Threads
 from open_mythos.model.few_rows.pointwise import adapt, halting_probability, inject, rms_norm
@@ -27,38 +26,35 @@ class FewRowsLoop:
     """`RecurrentBlock.step` for positions of which none has halted."""
 
     def __init__(self, recurrent: RecurrentBlock, blocks: FewRowsBlocks) -> None:
-        self._blocks, self._embedding = blocks, recurrent.loop_embedding
+        self._blocks, self._embedding, self._adapter = blocks, recurrent.loop_embedding, recurrent.adapter
         self._injection, self._b = recurrent.injection, as_array(recurrent.injection.B)
-        self._adapter = None if recurrent.adapter is None else _Adapter(recurrent.adapter)
+        self._no_embedding = np.zeros((1, len(self._b)), np.float32)
+        if recurrent.adapter is not None:
+            self._down, self._up = as_array(recurrent.adapter.down.weight), as_array(recurrent.adapter.up.weight)
 
     def __call__(self, h: Tensor, e: Tensor, t: int, context: ForwardContext, index: int | Tensor) -> Tensor:
         """The next state, from the state h and the encoded input e; `index` is t as each sequence counts its loops."""
         return torch.from_numpy(self.rows(_rows(h), _rows(e), t, context, index)).view_as(h)
 
     def rows(self, h: Array, e: Array, t: int, context: ForwardContext, index: int | Tensor) -> Array:
-        a = context.constant(self._injection, self._injection.get_A)
+        a = context.constant(self, lambda: self._injection.get_A().numpy())
+        if isinstance(index, Tensor):
+            embedding, scale = self._of_loop(index)
+        else:
+            embedding, scale = context.constant((self, index), lambda: self._of_loop(index))
         u = np.empty_like(h)
-        inject(h, e, a.numpy(), self._b, u)
-        if self._embedding is not None:
-            u += self._embedding(index).view(-1, u.shape[1]).numpy()
+        inject(h, e, a, self._b, embedding, u)
         x = u.copy()
         self._blocks.add_to(x, context, CacheAddress("recurrent", 0, t))
-        if self._adapter is not None:
-            self._adapter.add_to(x, u, index, context)
+        if scale is not None:
+            adapt(x, u, self._down, scale, self._up)
         return x
 
-
-class _Adapter:
-    """A `DepthAdapter`."""
-
-    def __init__(self, adapter: DepthAdapter) -> None:
-        self._adapter = adapter
-        self._down, self._up = as_array(adapter.down.weight), as_array(adapter.up.weight)
-
-    def add_to(self, x: Array, u: Array, index: int | Tensor, context: ForwardContext) -> None:
-        """Add to x (n, dim) what the adapter makes of the branches x - u, in place."""
-        scale = self._adapter.scale_in(context, index)
-        adapt(x, u, self._down, scale.view(-1, scale.shape[-1]).numpy(), self._up)
+    def _of_loop(self, index: int | Tensor) -> tuple[Array, Array | None]:
+        """The embedding of a loop and the scale of its adapter, for all positions or for each."""
+        none = self._embedding is None
+        embedding = self._no_embedding if none else _rows(self._embedding(index))  # type: ignore[misc]
+        return embedding, None if self._adapter is None else _rows(self._adapter.scale(index))
 
 
 class FewRowsNorm:

@@ -37,12 +37,13 @@ def rotate(x: Array, rotation: Array, out: Array) -> None:
 
 
 @compiled
-def inject(h: Array, e: Array, a: Array, b: Array, out: Array) -> None:
-    """`A*h + B*e` of rows h and e (n, dim), to `out`."""
+def inject(h: Array, e: Array, a: Array, b: Array, embedding: Array, out: Array) -> None:
+    """`A*h + B*e` of rows h and e (n, dim), to `out`, and the loop's embedding: (n, dim), or (1, dim) for all."""
     n, dim = h.shape
     for i in range(n):
+        of_loop = embedding[i % embedding.shape[0]]
         for j in range(dim):
-            out[i, j] = a[j] * h[i, j] + b[j] * e[i, j]
+            out[i, j] = a[j] * h[i, j] + b[j] * e[i, j] + of_loop[j]
 
 
 @compiled

@@ -41,6 +41,9 @@ def add_product(x: Array, weight: Array, scale: np.float32, out: Array, threads:
     n, width = out.shape
     panels = side_by_side(x, np.full(1, n), threads)
     parts = n_parts(x.size * width, threads)
+    if parts == 1:  # other threads are started even for nothing
+        add_part(x, panels, 0, weight, scale, 0, width, out)
+        return
     for part in prange(parts):
         add_part(x, panels, 0, weight, scale, share(width, part, parts), share(width, part + 1, parts), out)
 
