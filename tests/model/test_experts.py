@@ -40,8 +40,10 @@ def test_output_and_gradients_equal_the_naive_mixture(score: str, n_experts: int
     expected = mixture(moe, exact)
     expected_gradients = torch.autograd.grad(expected.square().sum(), [exact, *moe.parameters()])
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    # A router's gradients may cancel, all of them where one expert is chosen: rounding is that of what goes into them.
+    least = float(expected_gradients[0].abs().max())
     for got, want in zip(found_gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(got.double(), want, atol=1e-5 * max(1, float(want.abs().max())), rtol=1e-4)
+        torch.testing.assert_close(got.double(), want, atol=1e-6 * max(least, 10 * float(want.abs().max())), rtol=1e-4)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 40])

@@ -116,6 +116,7 @@ def test_float32_on_a_cpu_takes_the_fast_way(batch: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(stand_ins, "_MOST", 4 * batch - 1)
     model.generate(random_ids(model.config, batch, 4), 5, n_loops=3)
     assert len(calls) == 9 * (1 + 3 + 1)
+    monkeypatch.setattr(stand_ins, "_MOST_KEYS", 0)
     monkeypatch.setattr(stand_ins, "_MOST_PAIRS", 6 * batch)
     model.generate(random_ids(model.config, batch, 4), 5, n_loops=3)
     assert len(calls) == 11 * (1 + 3 + 1), "tokens that see 5 and 6 keys, and not those that see 7 and 8"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from open_mythos.inference.cache import PagedCache
@@ -19,7 +19,7 @@ from open_mythos.inference.exit import ExitRule, LoopView
 from open_mythos.inference.flight import Bools, Flight, Ints
 from open_mythos.inference.request import Request, Turn
 from open_mythos.inference.wave import Lane, WaveContext
-from open_mythos.model.context import Constants, ForwardContext
+from open_mythos.model.context import Constants, ForwardContext, StandIn
 from open_mythos.model.few_rows.stand_ins import FewRows
 from open_mythos.model.halting import has_moved
 from open_mythos.model.mythos import OpenMythos
@@ -95,7 +95,9 @@ class Runner:
         states = self._outputs()[self._there(lines)]
         features = self._run(_features, lanes, states[None], place=False)[0]
         last = np.cumsum([len(turn.lines) for turn in ordered]) - 1
-        return linear(features[self._there(last[np.argsort(order)])], self.model.head_weight)
+        context = self.model.context(len(last))
+        context.stand_ins = self._stand_ins(len(last))
+        return self.model.logits(features[self._there(last[np.argsort(order)])], context)
 
     def _outputs(self) -> Tensor:
         """What the coda reads of every line, were this its last loop."""
@@ -122,7 +124,7 @@ class Runner:
         failures = self._ask_rules(requests, lines, t, before, after, stops)
         flight.h = _put(flight.h, index, after)
         if act is not None:
-            p, mass = act(after), _of(flight.mass, index)
+            p, mass = self._stand_ins(len(after)).get(act, act)(after), _of(flight.mass, index)
             stops |= mass + p >= self.model.config.act_threshold
             weight = torch.where(stops, 1 - mass, p)
             flight.mass = _put(flight.mass, index, mass + weight)
@@ -179,10 +181,13 @@ class Runner:
         if self._compiled is not None and all(isinstance(lane.positions, int) for lane in lanes):
             return self._compiled(stage, lanes, inputs)
         context = WaveContext(self.model.config, self.cache, lanes, self._like, self._constants)
+        context.stand_ins = self._stand_ins(context.n_new, context.longest)
+        return stage(self.model, context, *inputs)
+
+    def _stand_ins(self, n_positions: int, longest: int = 1) -> dict[nn.Module, StandIn]:
         if self._few is None:
             self._few = FewRows(self.model)
-        context.stand_ins = self._few.stand_ins(context.n_new, context.longest)
-        return stage(self.model, context, *inputs)
+        return self._few.stand_ins(n_positions, longest)
 
     def _there(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._like.device)

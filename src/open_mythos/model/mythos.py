@@ -90,17 +90,20 @@ class OpenMythos(nn.Module):
         `last` computes them for that many final positions only.
         """
         context = context or self.context(h.shape[1])
-        features = self.features(h, context, last=last)
-        stand_in = None
-        if type(self).head_weight is OpenMythos.head_weight:
-            stand_in = context.stand_ins.get(self.embed if self.head is None else self.head)
-        return F.linear(features, self.head_weight) if stand_in is None else stand_in(features)
+        return self.logits(self.features(h, context, last=last), context)
 
     def features(self, h: Tensor, context: ForwardContext | None = None, *, last: int | None = None) -> Tensor:
         """What `decode` multiplies with the head: coda and norm of a state h, (batch, seq, dim)."""
         context = context or self.context(h.shape[1])
         x = self._run(self.coda, "coda", h, context)
         return context.layer(self.norm)(x if last is None else x[:, -last:])
+
+    def logits(self, features: Tensor, context: ForwardContext) -> Tensor:
+        """Logits (..., vocab_size) of features (..., dim): the head."""
+        stand_in = None
+        if type(self).head_weight is OpenMythos.head_weight:
+            stand_in = context.stand_ins.get(self.embed if self.head is None else self.head)
+        return F.linear(features, self.head_weight) if stand_in is None else stand_in(features)
 
     @property
     def head_weight(self) -> Tensor:

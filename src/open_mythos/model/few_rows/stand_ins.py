@@ -41,8 +41,9 @@ _ASKS_ITSELF = (Block, RecurrentBlock)
 _STOOD_IN_FOR = (*_ASKS_ITSELF, RMSNorm, ACTHalting)
 _HEADS = (nn.Linear, nn.Embedding)
 
-# Above so many positions, or pairs of a position and a key that it sees, arithmetic outweighs the number of operations.
-_MOST, _MOST_PAIRS = 64, 4096
+# Above so many positions arithmetic outweighs the number of operations; above so many keys, or pairs of a position and
+# a key that it sees where positions are few, PyTorch's attention is faster.
+_MOST, _MOST_KEYS, _MOST_PAIRS = 512, 128, 4096
 
 
 class FewRows:
@@ -73,7 +74,7 @@ class FewRows:
         under autocast, or where a process has left its threads behind in forking. Otherwise the calling thread's
         number of Numba's threads becomes that of PyTorch's.
         """
-        if self._threads is None or n_positions > _MOST or n_positions * longest > _MOST_PAIRS:
+        if self._threads is None or n_positions > _MOST or longest > max(_MOST_KEYS, _MOST_PAIRS // n_positions):
             return {}
         if torch.is_autocast_enabled("cpu") or not self._threads.use():
             return {}
