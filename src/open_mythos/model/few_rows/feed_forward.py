@@ -11,7 +11,11 @@ from numba import prange
 from open_mythos.model.few_rows.compiled import INDEX, MATRIX, compiled, n_parts, parallel, shared
 from open_mythos.model.few_rows.pointwise import rms_norm
 from open_mythos.model.few_rows.products import add_part, add_product, first_panel, share, side_by_side
+from open_mythos.model.few_rows.tiles import COLUMNS, tile_along
 from open_mythos.model.rows import Array, Rows
+
+_FEW = 2
+"""More rows than this are multiplied four at a time by an expert's last matrix."""
 
 
 @compiled
@@ -124,6 +128,26 @@ def _add_expert(
     hidden: Array, down: Array, owners: Rows, start: int, stop: int, first: int, end: int, out: Array
 ) -> None:
     """Add rows `start` to `stop` of `hidden`, by `down` (hidden, dim), to those of `out` that own them."""
+    if stop - start <= _FEW or end - first < COLUMNS:
+        _add_along(hidden, down, owners, start, stop, first, end, out)
+        return
+    sums, done = np.empty(4 * COLUMNS, np.float32), first
+    while done < end:
+        column = min(done, end - COLUMNS)  # the last may compute some again
+        for four in range(start, stop, 4):
+            tile_along(hidden, four, stop - 1, down, column, sums)
+            for r in range(four, min(four + 4, stop)):
+                own, new = out[owners[r]], sums[(r - four) * COLUMNS : (r - four + 1) * COLUMNS]
+                for j in range(done - column, COLUMNS):
+                    own[column + j] += new[j]
+        done = column + COLUMNS
+
+
+@compiled
+def _add_along(
+    hidden: Array, down: Array, owners: Rows, start: int, stop: int, first: int, end: int, out: Array
+) -> None:
+    """The same for a row or two: the matrix is read as it lies."""
     width = down.shape[0]
     fours = width // 4 * 4
     for k in range(0, fours, 4):
