@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from open_mythos.model.cache import CacheAddress
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.few_rows.compiled import Threads
-from open_mythos.model.few_rows.layers import Layer, add_layers
+from open_mythos.model.few_rows.layers import Layer, add_layers, table
 from open_mythos.model.rows import Array
 
 
@@ -26,7 +25,7 @@ class FewRowsBlocks:
 
     def __init__(self, layers: Sequence[Layer], threads: Threads) -> None:
         self._layers, self._threads, self._window = layers, threads, layers[0].window
-        self._table = np.concatenate([layer.row for layer in layers])
+        self._table = table(layers)
 
     def __call__(self, x: Tensor, context: ForwardContext, address: CacheAddress) -> Tensor:
         """(batch, seq, dim) to the same shape."""

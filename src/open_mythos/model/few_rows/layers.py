@@ -1,11 +1,12 @@
 """Layers as compiled code knows them: where their weights lie, and what else they are.
 
-Main entries: `Layer`, `add_layers`. All layers of a stage are computed in one call, which is given addresses: what
+Main entries: `Layer`, `table`, `add_layers`. All layers of a stage are computed in one call, which is given addresses: what
 Numba does for every array that it is given takes longer than reading an address.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -52,10 +53,17 @@ class Layer:
     def __init__(self, block: Block) -> None:
         self.window = block.attn.window
         self._known = _known(block)  # what lies behind the addresses is kept by this
-        self.row: npt.NDArray[Any] = np.zeros(1, _LAYER)
-        """The block as a table of one layer; several are joined by `np.concatenate`."""
-        for name, value in self._known.items():
-            self.row[name] = described(value) if isinstance(value, Tensor) else value
+        self.row = tuple(_entry(self._known.get(name, 0)) for name in _LAYER.names or ())
+        """The block in a `table`."""
+
+
+def table(layers: Sequence[Layer]) -> npt.NDArray[Any]:
+    """What `add_layers` is given of them, for as long as they are kept."""
+    return np.array([layer.row for layer in layers], _LAYER)
+
+
+def _entry(value: Tensor | float) -> tuple[int, ...] | float:
+    return described(value) if isinstance(value, Tensor) else value
 
 
 def _known(block: Block) -> Known:
@@ -109,7 +117,7 @@ def add_layers(
 ) -> None:
     """Add to the stream (n, dim), layer by layer, what each of the layers makes of it; what is new is stored.
 
-    `layers` are rows of `Layer`; `entries`, `rows` and `counts` are those of `Seen`.
+    `layers` is a `table`; `entries`, `rows` and `counts` are those of `Seen`.
     """
     for k in range(layers.shape[0]):
         _add_attention(stream, rotations, layers[k], entries[k], rows, counts, threads)
