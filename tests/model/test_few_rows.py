@@ -200,6 +200,11 @@ def _limit_embeddings(model: OpenMythos) -> None:
     model.embed.max_norm = 0.5
 
 
+def _bias_routers(model: OpenMythos, bias: Tensor) -> None:
+    for block in model.recurrent.blocks:
+        block.ffn.router_bias = bias
+
+
 def _double(name: str) -> Callable[[OpenMythos], None]:
     def change(model: OpenMythos) -> None:
         owner, _, method = name.rpartition(".")
@@ -216,6 +221,10 @@ CHANGES: dict[str, Callable[[OpenMythos], None]] = {
         for name in ("embed", "head", "prelude.0.attn.out", "recurrent.blocks.0.ffn.router", "coda.0.ffn.gate")
     },
     "embeddings of a limited norm": _limit_embeddings,
+    "biases of another type": lambda model: _bias_routers(model, torch.randn(4).double()),
+    "biases with gaps": lambda model: _bias_routers(model, torch.randn(8)[::2]),
+    "another window": lambda model: setattr(model.get_submodule("recurrent.blocks.1.attn"), "window", 2),
+    "another outer window": lambda model: setattr(model.get_submodule("coda.1.attn"), "window", 2),
     "a norm that is none": lambda model: setattr(model, "prelude_norm", torch.nn.Dropout(0.0)),
     **{f"another {name}": _double(name) for name in ("encode", "decode", "recurrent.step", "recurrent.initial_state")},
 }
@@ -227,7 +236,7 @@ CHANGES: dict[str, Callable[[OpenMythos], None]] = {
 def test_what_somebody_changed_stays_changed(
     change: Callable[[OpenMythos], None], prompt: int, forced: list[Tensor]
 ) -> None:
-    model = tiny_model(tiny_config(tie_embeddings=False, halting="none"))
+    model = tiny_model(tiny_config(tie_embeddings=False, halting="none", recurrent_layers=2, coda_layers=2))
     change(model)
     assert_every_step_equals_the_full_forward(model, 3, forced, prompt)
 
@@ -237,6 +246,20 @@ def test_states_may_lie_in_memory_as_they_like(forced: list[Tensor]) -> None:
     model = tiny_model(tiny_config(prelude_layers=2))
     model.prelude[0].register_forward_hook(lambda *seen: seen[-1].mT.contiguous().mT)
     assert_every_step_equals_the_full_forward(model, 3, forced, prompt=5)
+
+
+def test_weights_in_other_memory_leave_a_stream_what_it_has() -> None:
+    """Their old memory, known by its address alone, was somebody else's then."""
+    model = tiny_model(tiny_config(dim=64, halting="none", max_seq_len=64))
+    ids = random_ids(model.config, 1, 4)
+    expected = [int(token) for token in model.stream(ids, 12, n_loops=2, temperature=0)]
+    found, others = list[int](), list[Tensor]()
+    for token in model.stream(ids, 12, n_loops=2, temperature=0):
+        found.append(int(token))
+        for weight in model.parameters():
+            weight.data = weight.data.clone()
+            others += [torch.full_like(weight, 1e3) for _ in range(3)]
+    assert found == expected
 
 
 class _OtherHead(OpenMythos):

@@ -1,6 +1,6 @@
 """What the engine computes: encoding, one loop, and the readout, for the positions of several requests at once.
 
-Main entry: `Runner`. It calls the model's own three stages and nothing else.
+Main entry: `Runner`. It calls the model's own three stages, head and halting, and nothing else.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Runner:
         features = self._run(_features, lanes, states[None], place=False)[0]
         last = np.cumsum([len(turn.lines) for turn in ordered]) - 1
         context = self.model.context(len(last))
-        context.stand_ins = self._stand_ins(len(last))
+        context.stand_ins = self._stand_ins_at_ends(len(last))
         return self.model.logits(features[self._there(last[np.argsort(order)])], context)
 
     def _outputs(self) -> Tensor:
@@ -124,7 +124,7 @@ class Runner:
         failures = self._ask_rules(requests, lines, t, before, after, stops)
         flight.h = _put(flight.h, index, after)
         if act is not None:
-            p, mass = self._stand_ins(len(after)).get(act, act)(after), _of(flight.mass, index)
+            p, mass = self._stand_ins_at_ends(len(after)).get(act, act)(after), _of(flight.mass, index)
             stops |= mass + p >= self.model.config.act_threshold
             weight = torch.where(stops, 1 - mass, p)
             flight.mass = _put(flight.mass, index, mass + weight)
@@ -184,10 +184,14 @@ class Runner:
         context.stand_ins = self._stand_ins(context.n_new, context.longest)
         return stage(self.model, context, *inputs)
 
-    def _stand_ins(self, n_positions: int, longest: int = 1) -> dict[nn.Module, StandIn]:
+    def _stand_ins(self, n_positions: int, longest: int) -> dict[nn.Module, StandIn]:
         if self._few is None:
             self._few = FewRows(self.model)
         return self._few.stand_ins(n_positions, longest)
+
+    def _stand_ins_at_ends(self, n_positions: int) -> dict[nn.Module, StandIn]:
+        """For head and halting, which see no keys; what is compiled otherwise does without them."""
+        return {} if self._compiled is not None else self._stand_ins(n_positions, longest=1)
 
     def _there(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._like.device)

@@ -35,7 +35,7 @@ Visible = Callable[[tuple[Tensor, ...], Entries, AttentionMask], Tensor]
 """What attention is, given queries (batch, queries, ...), entries (batch, keys, ...), and who of them sees whom."""
 
 Constants = dict[Hashable, Any]
-"""What follows from the weights alone, by what it is."""
+"""What follows from config and weights alone, by what it is."""
 
 StandIn = Callable[..., Tensor]
 """What computes a module's output, or a loop of the recurrent block, in its place."""
@@ -112,7 +112,7 @@ class ForwardContext:
         return self.stand_ins.get(module, module)
 
     def constant(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """What follows from the weights alone; where no gradients are taken, computed once."""
+        """What follows from config and weights alone; where no gradients are taken, computed once."""
         if torch.is_grad_enabled():
             return compute()
         if key not in self.constants:

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 Array: TypeAlias = npt.NDArray[np.float32]
@@ -34,5 +35,7 @@ def as_array(tensor: Tensor) -> Array:
 
 
 def described(tensor: Tensor) -> tuple[int, ...]:
-    """Where a contiguous tensor lies, and its sizes, at most three; where there are fewer, the first ones are 1."""
+    """Where a contiguous float32 tensor lies, and its sizes, at most three; where there are fewer, the first are 1."""
+    assert tensor.dtype == torch.float32, "nobody who is given an address can ask"
+    assert tensor.is_contiguous()
     return (tensor.data_ptr(), *(1,) * (3 - tensor.dim()), *tensor.shape)

@@ -15,7 +15,7 @@ from open_mythos.model.few_rows.tiles import COLUMNS, tile_along
 from open_mythos.model.rows import Array, Rows
 
 _FEW = 2
-"""More rows than this are multiplied four at a time by an expert's last matrix."""
+"""More rows than this are multiplied four at a time by an expert's last matrix, if that has channels enough."""
 
 
 @compiled
@@ -147,7 +147,7 @@ def _add_expert(
 def _add_along(
     hidden: Array, down: Array, owners: Rows, start: int, stop: int, first: int, end: int, out: Array
 ) -> None:
-    """The same for a row or two: the matrix is read as it lies."""
+    """The same where rows or channels are few: the matrix is read as it lies."""
     width = down.shape[0]
     fours = width // 4 * 4
     for k in range(0, fours, 4):

@@ -1,7 +1,7 @@
 """Layers as compiled code knows them: where their weights lie, and what else they are.
 
-Main entries: `Layer`, `table`, `add_layers`. All layers of a stage are computed in one call, which is given addresses: what
-Numba does for every array that it is given takes longer than reading an address.
+Main entries: `Layer`, `table`, `add_layers`. All layers of a stage are computed in one call, which is given addresses:
+what Numba does for every array that it is given takes longer than reading an address.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Layer:
 
     def __init__(self, block: Block) -> None:
         self.window = block.attn.window
-        self._known = _known(block)  # what lies behind the addresses is kept by this
+        # Without the parameters, which may be given other memory: what lies behind the addresses is kept by this.
+        self._known = {name: x.detach() if isinstance(x, Tensor) else x for name, x in _known(block).items()}
         self.row = tuple(_entry(self._known.get(name, 0)) for name in _LAYER.names or ())
         """The block in a `table`."""
 

@@ -1,7 +1,7 @@
 """What stands around the blocks in a pass over few positions: loops, norms, halting and head.
 
 Main entries: `FewRowsLoop`, `FewRowsNorm`, `FewRowsHalting`, `FewRowsHead`. Called, they take and return tensors
-(batch, seq, ...) as their modules do; `rows` is the same for arrays (positions, ...).
+(..., dim) as their modules do; `rows` is the same for arrays (positions, ...).
 """
 
 from __future__ import annotations

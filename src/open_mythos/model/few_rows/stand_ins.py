@@ -9,7 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from open_mythos.model.attention import GQAttention
 from open_mythos.model.block import Block
@@ -94,6 +94,8 @@ class FewRows:
         from open_mythos.model.few_rows.token import FewRowsToken
 
         stages = [[self._layers[block] for block in blocks] for blocks in (model.prelude, model.coda)]
+        if not all(_is_uniform(stage) for stage in stages):
+            return None
         prelude, coda = (FewRowsBlocks(stage, threads) if stage else None for stage in stages)
         found: dict[nn.Module, Any] = self._found
         return FewRowsToken(
@@ -115,6 +117,11 @@ def _layers(modules: list[nn.Module]) -> dict[nn.Module, Layer]:
     return {module: Layer(module) for module in modules if isinstance(module, Block)}
 
 
+def _is_uniform(stage: list[Layer]) -> bool:
+    """Whether all layers of a stage see the same keys, as they do unless somebody changed them."""
+    return len({layer.window for layer in stage}) <= 1
+
+
 def _stand_ins(modules: list[nn.Module], layers: dict[nn.Module, Layer], threads: Threads) -> dict[nn.Module, StandIn]:
     from open_mythos.model.few_rows import loop as few_rows_loop
     from open_mythos.model.few_rows.block import FewRowsBlocks
@@ -123,8 +130,9 @@ def _stand_ins(modules: list[nn.Module], layers: dict[nn.Module, Layer], threads
     for module in modules:
         match module:
             case RecurrentBlock():
-                blocks = FewRowsBlocks([layers[block] for block in module.blocks], threads)
-                found[module] = few_rows_loop.FewRowsLoop(module, blocks)
+                stage = [layers[block] for block in module.blocks]
+                if _is_uniform(stage):
+                    found[module] = few_rows_loop.FewRowsLoop(module, FewRowsBlocks(stage, threads))
             case RMSNorm():
                 found[module] = few_rows_loop.FewRowsNorm(module)
             case ACTHalting():
@@ -154,12 +162,14 @@ def _is_known(module: nn.Module) -> bool:
         for part in module._modules.values():
             if part is not None and part._parameters.get("bias") is not None:
                 return False
-    return all(_is_plain(weight) for weight in module._parameters.values() if weight is not None)
+    if isinstance(module, MoEFFN) and not _is_plain(module.router_bias, Tensor):
+        return False
+    return all(_is_plain(weight, nn.Parameter) for weight in module._parameters.values() if weight is not None)
 
 
-def _is_plain(weight: nn.Parameter) -> bool:
+def _is_plain(weight: Tensor, kind: type[Tensor]) -> bool:
     on_cpu = weight.is_cpu and weight.dtype == torch.float32
-    return on_cpu and type(weight) is nn.Parameter and weight.is_contiguous()
+    return on_cpu and type(weight) is kind and weight.is_contiguous()
 
 
 def _is_patched(module: nn.Module) -> bool:
