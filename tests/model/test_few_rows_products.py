@@ -52,9 +52,10 @@ def test_parts_are_neighbours_and_leave_nothing_out(width: int, parts: int) -> N
 
 
 @pytest.mark.parametrize("n", [1, 2, 9, 40])
+@pytest.mark.parametrize("dim", [24, 64, 176])
 @pytest.mark.parametrize("softmax", [True, False])
-def test_experts_are_those_of_a_naive_loop(n: int, softmax: bool, threads: int) -> None:
-    dim, hidden, n_experts, top_k, eps = 64, 52, 6, 2, np.float32(1e-6)
+def test_experts_are_those_of_a_naive_loop(n: int, dim: int, softmax: bool, threads: int) -> None:
+    hidden, n_experts, top_k, eps = 52, 6, 2, np.float32(1e-6)
     x, gain = _random(0, n, dim), _random(1, dim)
     shared, router = [_random(k, 24, dim) * 0.1 for k in (2, 3, 4)], _random(5, n_experts, dim) * 0.1
     bias, experts = _random(6, n_experts), [_random(k, n_experts, hidden, dim) * 0.1 for k in (7, 8, 9)]
