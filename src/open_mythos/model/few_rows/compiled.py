@@ -105,8 +105,8 @@ _naming = Lock()
 def shared(*kinds: str) -> Callable[[_Function], _Function]:
     """A function that others call by its name, so that it is compiled once and not again with each of them.
 
-    It can be called by compiled functions only. `kinds` are those of its parameters, in Numba's words; it returns
-    nothing.
+    It can be called by compiled functions only, after `Threads.use`, which gives it its name: before that a call ends
+    the process. `kinds` are those of its parameters, in Numba's words; it returns nothing.
     """
 
     def wrap(function: _Function) -> _Function:
@@ -158,7 +158,7 @@ class Threads:
     """To be held while they run."""
 
     def use(self) -> bool:
-        """Let what this thread calls run on as many threads as PyTorch does, where there are as many.
+        """Let what this thread calls run, on as many threads as PyTorch does, where there are as many.
 
         False, and nothing may be called, in a process forked from one that had started its threads.
         """
