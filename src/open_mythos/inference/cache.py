@@ -65,7 +65,6 @@ class PagedCache:
         n_rows = self.pages.n_pages * layout.page_rows + max(layout.loop_width, layout.outer_width)
         # Heads first: what is read of a head then lies in one piece, as a product over keys wants it.
         self._entries = {name: like.new_zeros(*shape[:-1], n_rows, shape[-1]) for name, shape in layout.shapes.items()}
-
         self._described: dict[tuple[Stage, int, int], Rows] = {}
 
     @property

@@ -5,8 +5,6 @@ Main entry: `SequenceStore`. Adding a token copies its entries and nothing else.
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,7 +20,7 @@ class _Slot:
     def __init__(self, entries: Entries) -> None:
         self.entries, self.filled = entries, 0
 
-    @cached_property
+    @property
     def described(self) -> list[tuple[int, ...]]:
         """The entries as (heads, positions, width), the sequences one after the other."""
         tensors = self.entries.values()

@@ -1,6 +1,6 @@
 """The feed-forward of a few positions, experts included, with the norm before it.
 
-Main entries: `add_dense`, `add_experts`, `dispatch`.
+Main entries: `add_experts`, `dispatch`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,6 @@ from open_mythos.model.rows import Array, Rows
 
 _FEW = 2
 """More rows than this are multiplied four at a time by an expert's last matrix, if that has channels enough."""
-
-
-@compiled
-def add_dense(
-    stream: Array,
-    gain: Array,
-    eps: np.float32,
-    gate: Array,
-    up: Array,
-    down: Array,
-    branch_scale: np.float32,
-    threads: int,
-) -> None:
-    """Add to the stream (n, dim) what a SwiGLU makes of it, normalised; gate and up are those of an only expert."""
-    normed = np.empty_like(stream)
-    rms_norm(stream, gain, eps, normed)
-    _add_dense(normed, gate, up, down, branch_scale, stream, threads)
 
 
 @compiled
@@ -56,13 +39,16 @@ def add_experts(
 ) -> None:
     """Add to the stream (n, dim) what each position's experts make of it, normalised, and the shared one.
 
-    Matrices of experts are (experts, hidden, dim). The shared one is a SwiGLU as in `add_dense`, of width 0 for none.
+    Matrices of experts are (experts, hidden, dim). The shared one is a SwiGLU whose gate and up are those of an only
+    expert, of width 0 for none; a layer that has no others, and a bias (0,), is dense.
     """
     n, dim = stream.shape
     normed = np.empty_like(stream)
     rms_norm(stream, gain, eps, normed)
     if gate.size:
         _add_dense(normed, gate, up, down, branch_scale, stream, threads)
+    if not bias.size:
+        return
     logits = np.zeros((n, bias.shape[0]), np.float32)
     add_product(normed, router, np.float32(1), logits, threads)
     ends, owners = np.zeros(bias.shape[0], np.int64), np.empty(n * top_k, np.int64)

@@ -23,7 +23,7 @@ from open_mythos.model.experts import MoEFFN
 from open_mythos.model.feed_forward import SwiGLU
 from open_mythos.model.few_rows.attention import add_gqa, add_mla
 from open_mythos.model.few_rows.compiled import compiled
-from open_mythos.model.few_rows.feed_forward import add_dense, add_experts
+from open_mythos.model.few_rows.feed_forward import add_experts
 from open_mythos.model.latent_attention import MLAttention
 from open_mythos.model.rows import Array, Rows, described
 
@@ -32,7 +32,7 @@ _WEIGHTS = (
     *("ffn_gain", "gate", "up", "ffn_down", "router", "router_bias", "expert_gate", "expert_up", "expert_down"),
 )
 _NUMBERS = ("attn_eps", "attn_scale", "ffn_eps", "expert_scale", "branch_scale")
-_CHOICES = ("is_latent", "has_normed_heads", "has_experts", "is_softmax", "top_k")
+_CHOICES = ("is_latent", "has_normed_heads", "is_softmax", "top_k")
 
 _LAYER = np.dtype(
     [
@@ -108,7 +108,6 @@ def _experts(ffn: MoEFFN) -> Known:
         **router,
         "is_softmax": ffn.score == "softmax",
         "expert_scale": ffn.scale,
-        "has_experts": True,
     }
 
 
@@ -173,28 +172,24 @@ def _add_attention(
 
 @compiled
 def _add_feed_forward(stream: Array, layer: Any, threads: int) -> None:
-    gain, gate, up, down = _vector(layer.ffn_gain), _stack(layer.gate), _stack(layer.up), _matrix(layer.ffn_down)
-    if layer.has_experts:
-        add_experts(
-            stream,
-            gain,
-            layer.ffn_eps,
-            gate,
-            up,
-            down,
-            _matrix(layer.router),
-            _vector(layer.router_bias),
-            layer.top_k,
-            layer.is_softmax != 0,
-            layer.expert_scale,
-            _stack(layer.expert_gate),
-            _stack(layer.expert_up),
-            _stack(layer.expert_down),
-            layer.branch_scale,
-            threads,
-        )
-    else:
-        add_dense(stream, gain, layer.ffn_eps, gate, up, down, layer.branch_scale, threads)
+    add_experts(
+        stream,
+        _vector(layer.ffn_gain),
+        layer.ffn_eps,
+        _stack(layer.gate),
+        _stack(layer.up),
+        _matrix(layer.ffn_down),
+        _matrix(layer.router),
+        _vector(layer.router_bias),
+        layer.top_k,
+        layer.is_softmax != 0,
+        layer.expert_scale,
+        _stack(layer.expert_gate),
+        _stack(layer.expert_up),
+        _stack(layer.expert_down),
+        layer.branch_scale,
+        threads,
+    )
 
 
 @compiled
