@@ -23,8 +23,8 @@ from trained import model_and_texts
 class InStep(Scheduler):
     """Next tokens for all, once all have halted."""
 
-    def takes_turn(self, due: int, looping: int) -> bool:
-        return looping == 0
+    def takes_turn(self, due: int, others: int) -> bool:
+        return others == 0
 
 
 class Static(InStep):
@@ -36,9 +36,9 @@ class Static(InStep):
         self.filling = self.filling or not self._running
         return self.filling and super().has_room(job, in_flight)
 
-    def takes_turn(self, due: int, looping: int) -> bool:
+    def takes_turn(self, due: int, others: int) -> bool:
         self.filling = False
-        return super().takes_turn(due, looping)
+        return super().takes_turn(due, others)
 
 
 SCHEDULERS = {"depth-wise": Scheduler, "in step": InStep, "static": Static}

@@ -161,11 +161,12 @@ class Engine:
         begin = time.perf_counter()
         with torch.inference_mode(), evaluating(self._modules):
             fresh = self._begin()
-            final, guessing, n_looping = self._due()
-            if fresh or self.scheduler.takes_turn(len(final) + len(guessing), n_looping):
+            final, guessing, looping = self._due()
+            due = {turn.request.index for turn in (*final, *guessing)}
+            if fresh or self.scheduler.takes_turn(len(due), len(looping - due)):
                 events = self._turn(final, guessing, fresh)
             else:
-                events = self._loop(n_looping)
+                events = self._loop(len(looping))
         self._stats.seconds += time.perf_counter() - begin
         return events
 
@@ -302,8 +303,8 @@ class Engine:
         """Rows do not say whether a position that a rule has stopped was still moving, which settling would ask."""
         return self._reuses and (self.model.config.halting != "settled" or request.params.exit_rule is None)
 
-    def _due(self) -> tuple[list[Turn], list[Turn], int]:
-        """Whose next positions are final, whose newest is far enough for a guess, and how many requests are looping."""
+    def _due(self) -> tuple[list[Turn], list[Turn], set[int]]:
+        """Whose next positions are final, whose newest is far enough for a guess, and which requests are looping."""
         flight = self.runner.flight
         looping, active = set(flight.owner[flight.active].tolist()), flight.active.tolist()
         final, guessing = list[Turn](), list[Turn]()
@@ -313,7 +314,7 @@ class Engine:
                 final.append(Turn(request, range(first, first + request.turn)))
             if request.params.speculation is not None and self._may_guess(request, last):
                 guessing.append(Turn(request, range(last, last + 1)))
-        return final, guessing, len(looping)
+        return final, guessing, looping
 
     def _may_guess(self, request: Request, newest: int) -> bool:
         speculation, flight = request.params.speculation, self.runner.flight

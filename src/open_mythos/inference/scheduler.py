@@ -70,9 +70,10 @@ class Scheduler:
         if self._running.pop(request, None) is None:
             self._waiting = deque(job for job in self._waiting if job.request != request)
 
-    def takes_turn(self, due: int, looping: int) -> bool:
-        """Whether the `due` requests get their next tokens now, or `looping` others another loop first.
+    def takes_turn(self, due: int, others: int) -> bool:
+        """Whether the `due` requests get their next tokens now, or the `others`, still looping, another loop first.
 
-        Waiting until the due are no fewer keeps requests of equal depth together, which then share prelude and coda.
+        Waiting until the due are twice as many keeps requests of equal depth together, which then share prelude and
+        coda.
         """
-        return due > 0 and due >= looping
+        return due > 0 and due >= 2 * others
