@@ -55,9 +55,11 @@ def test_a_request_that_waits_can_be_forgotten() -> None:
     assert len(scheduler) == 2
 
 
-@pytest.mark.parametrize(("due", "looping", "turn"), [(0, 0, False), (1, 1, True), (1, 2, False), (3, 0, True)])
-def test_a_turn_comes_when_as_many_wait_for_it_as_do_not(due: int, looping: int, turn: bool) -> None:
-    assert Scheduler(1, 1).takes_turn(due, looping) is turn
+@pytest.mark.parametrize(
+    ("due", "others", "turn"), [(0, 0, False), (1, 1, False), (2, 1, True), (3, 2, False), (1, 0, True)]
+)
+def test_a_turn_comes_when_twice_as_many_wait_for_it_as_do_not(due: int, others: int, turn: bool) -> None:
+    assert Scheduler(1, 1).takes_turn(due, others) is turn
 
 
 def _cache(sharing=None, n_bytes: int = 2**18, **changes) -> PagedCache:

@@ -18,12 +18,13 @@ from open_mythos.model.few_rows.products import add_product
 
 def test_what_is_kept_is_thrown_away_when_any_file_changes(tmp_path: Path) -> None:
     """Numba looks at a function's own file: it would go on calling an old version of what that imports."""
-    for name in ("a.py", "b.py"):
-        (tmp_path / name).write_text("1")
+    for folder in ("few_rows", "many_rows"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").write_text("1")
     stamp = compiled._stamp.__wrapped__
     before = stamp(tmp_path)
     assert stamp(tmp_path) == before
-    os.utime(tmp_path / "b.py", ns=(1, 1))
+    os.utime(tmp_path / "many_rows" / "a.py", ns=(1, 1))
     assert stamp(tmp_path) != before
     for function in (add_product, pointwise.rms_norm):
         kept: Any = function

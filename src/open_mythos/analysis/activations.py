@@ -3,7 +3,8 @@
 Main entry: `saved_activations`. Counted by reading which operands each operation's backward needs, with an attention
 kernel that does not store its weights. Against the storages that saved-tensor hooks see in float32 on a CPU, it came
 within 4% for GQA and MLA, dense and MoE, from 64 tokens on; tests/analysis/test_memory_plan.py holds it to 10%.
-Under 48 tokens the CPU uses a kernel that stores `n_heads * seq_len` weights per token, which are not counted. Dropout,
+Compiled layers, which take the place of PyTorch's on a CPU, keep half to two thirds of that (also held). Without them,
+under 48 tokens the CPU uses a kernel that stores `n_heads * seq_len` weights per token, which are not counted. Dropout,
 off by default, adds a byte per number it acts on.
 """
 

@@ -40,6 +40,9 @@ class Block(nn.Module):
         """(batch, seq, dim) to the same shape; `active` (batch, seq) marks positions that have not halted."""
         if active is None and self in context.stand_ins:
             return context.stand_ins[self](x, context, address)
+        whole = context.whole_layer(self, x)
+        if whole is not None:
+            return whole(x, context, address, active)
         attended = self.dropout(self.attn(self.attn_norm(x), context, address, active))
         x = torch.add(x, attended, alpha=self.branch_scale)
         fed = self._feed(self.ffn_norm(x), context, address, active)

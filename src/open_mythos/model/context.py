@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +41,14 @@ StandIn = Callable[..., Tensor]
 """What computes a module's output, or a loop of the recurrent block, in its place."""
 
 
+class WholeLayers(Protocol):
+    """Finds what computes whole layers over whole sequences."""
+
+    def layer(self, block: Any, x: Tensor, context: ForwardContext) -> StandIn | None:
+        """What computes the block's output for x, its entries and its experts' load; None if the block has to."""
+        ...
+
+
 # Rotations of so many positions are computed together: about as fast as those of a single one.
 _AT_A_TIME = 64
 
@@ -64,6 +72,8 @@ class ForwardContext:
         """Slots per expert at each address, filled by the layers if it is a dict; None where nobody asks."""
         self.stand_ins: Mapping[nn.Module, StandIn] = {}
         """In a pass over few positions: what stands in for a module."""
+        self.whole_layers: WholeLayers | None = None
+        """In a pass over whole sequences: what finds a stand-in for a layer."""
         self.injected: Injected | None = None
         self.config = config
         self.constants = {} if constants is None else constants
@@ -110,6 +120,10 @@ class ForwardContext:
     def layer(self, module: nn.Module) -> StandIn:
         """The module, or what stands in for it."""
         return self.stand_ins.get(module, module)
+
+    def whole_layer(self, block: nn.Module, x: Tensor) -> StandIn | None:
+        """What computes a block's output for x in its place; None if the block has to."""
+        return None if self.whole_layers is None else self.whole_layers.layer(block, x, self)
 
     def constant(self, key: Hashable, compute: Callable[[], T]) -> T:
         """What follows from config and weights alone; where no gradients are taken, computed once."""

@@ -24,6 +24,7 @@ from open_mythos.model.evaluation import evaluating
 from open_mythos.model.experts import MoEFFN
 from open_mythos.model.few_rows.stand_ins import FewRows
 from open_mythos.model.init import init_weights
+from open_mythos.model.many_rows.stand_ins import ManyRows
 from open_mythos.model.norm import RMSNorm
 from open_mythos.model.recurrent import RecurrentBlock
 from open_mythos.model.sequence_store import SequenceStore
@@ -113,7 +114,10 @@ class OpenMythos(nn.Module):
     def context(self, n_new: int, store: KVStore | None = None, constants: Constants | None = None) -> ForwardContext:
         """What the layers of one pass over `n_new` positions share."""
         weight = self.embed.weight
-        return ForwardContext(self.config, n_new, weight.device, weight.dtype, store, constants)
+        context = ForwardContext(self.config, n_new, weight.device, weight.dtype, store, constants)
+        if store is None:
+            context.whole_layers = ManyRows()
+        return context
 
     def _run(self, blocks: nn.ModuleList, stage: Stage, x: Tensor, context: ForwardContext) -> Tensor:
         for layer, block in enumerate(blocks):

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import llvmlite.binding
 import torch
 from llvmlite import ir
-from numba import config, njit, set_num_threads, threading_layer  # type: ignore[attr-defined]
+from numba import config, njit, set_num_threads, threading_layer, types  # type: ignore[attr-defined]
 from numba.core import cgutils, sigutils
 from numba.core.event import Event, Listener, register
 from numba.extending import intrinsic
@@ -77,7 +77,7 @@ class _Notice(Listener):
         module = event.data["dispatcher"].py_func.__module__ or ""
         if not self._said and module.startswith(__package__):
             self._said = True
-            _log.warning("Compiling for this processor what computes few positions: once, for up to a minute.")
+            _log.warning("Compiling the layers for this processor: once, for up to a minute.")
 
     def on_end(self, event: Event) -> None:
         pass
@@ -87,9 +87,9 @@ register("numba:compile", _Notice())
 
 
 @cache
-def _stamp(folder: Path = Path(__file__).parent) -> list[tuple[str, int, int]]:
-    """Changes when one of the package's files does."""
-    stats = [(file.name, file.stat()) for file in sorted(folder.glob("*.py"))]
+def _stamp(folder: Path = Path(__file__).parent.parent) -> list[tuple[str, int, int]]:
+    """Changes when a file of the packages that are compiled does."""
+    stats = [(file.name, file.stat()) for file in sorted(folder.glob("*_rows/*.py"))]
     return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats]
 
 
@@ -102,15 +102,15 @@ _to_be_named: list[Callable[[], None]] = []
 _naming = Lock()
 
 
-def shared(*kinds: str) -> Callable[[_Function], _Function]:
+def shared(*kinds: str | types.Type) -> Callable[[_Function], _Function]:
     """A function that others call by its name, so that it is compiled once and not again with each of them.
 
     It can be called by compiled functions only, after `Threads.use`, which gives it its name: before that a call ends
-    the process. `kinds` are those of its parameters, in Numba's words; it returns nothing.
+    the process. `kinds` are those of its parameters, in Numba's words or as its types; it returns nothing.
     """
 
     def wrap(function: _Function) -> _Function:
-        arguments, returned = sigutils.normalize_signature(f"void({', '.join(kinds)})")
+        arguments, returned = sigutils.normalize_signature(types.void(*(_kind(kind) for kind in kinds)))
         name = f"{function.__module__}.{function.__qualname__}"
         dispatcher: Any = compiled(function, by_name=True)
 
@@ -137,11 +137,18 @@ def shared(*kinds: str) -> Callable[[_Function], _Function]:
     return wrap
 
 
+def _kind(kind: str | types.Type) -> types.Type:
+    if isinstance(kind, types.Type):
+        return kind
+    (parsed,), _ = sigutils.normalize_signature(f"void({kind})")
+    return parsed
+
+
 def _name_all() -> None:
     with _naming:
-        while _to_be_named:
-            _to_be_named[-1]()
-            _to_be_named.pop()
+        while _to_be_named:  # in the order in which they were written: some call others
+            _to_be_named[0]()
+            del _to_be_named[0]
 
 
 @compiled

@@ -34,7 +34,7 @@ _WEIGHTS = (
 _NUMBERS = ("attn_eps", "attn_scale", "ffn_eps", "expert_scale", "branch_scale")
 _CHOICES = ("is_latent", "has_normed_heads", "is_softmax", "top_k")
 
-_LAYER = np.dtype(
+LAYER = np.dtype(
     [
         *((name, np.int64, (4,)) for name in _WEIGHTS),  # `described`; zeros where there are none
         *((name, np.float32) for name in _NUMBERS),
@@ -53,21 +53,21 @@ class Layer:
     def __init__(self, block: Block) -> None:
         self.window = block.attn.window
         # Without the parameters, which may be given other memory: what lies behind the addresses is kept by this.
-        self._known = {name: x.detach() if isinstance(x, Tensor) else x for name, x in _known(block).items()}
-        self.row = tuple(_entry(self._known.get(name, 0)) for name in _LAYER.names or ())
+        self._known = {name: x.detach() if isinstance(x, Tensor) else x for name, x in known_of(block).items()}
+        self.row = tuple(_entry(self._known.get(name, 0)) for name in LAYER.names or ())
         """The block in a `table`."""
 
 
 def table(layers: Sequence[Layer]) -> npt.NDArray[Any]:
     """What `add_layers` is given of them, for as long as they are kept."""
-    return np.array([layer.row for layer in layers], _LAYER)
+    return np.array([layer.row for layer in layers], LAYER)
 
 
 def _entry(value: Tensor | float) -> tuple[int, ...] | float:
     return described(value) if isinstance(value, Tensor) else value
 
 
-def _known(block: Block) -> Known:
+def known_of(block: Block) -> Known:
     attn, ffn = block.attn, block.ffn
     assert isinstance(attn, (GQAttention, MLAttention))
     assert isinstance(ffn, (MoEFFN, SwiGLU))
@@ -128,21 +128,21 @@ def add_layers(
 def _add_attention(
     stream: Array, rotations: Array, layer: Any, entries: Rows, rows: Rows, counts: Rows, threads: int
 ) -> None:
-    gain, sink, out = _vector(layer.attn_gain), _vector(layer.sink), _matrix(layer.out)
+    gain, sink, out = vector_at(layer.attn_gain), vector_at(layer.sink), matrix_at(layer.out)
     if layer.is_latent:
         add_mla(
             stream,
             rotations,
-            _stack(entries[0]),
+            stack_at(entries[0]),
             rows,
             counts,
             gain,
             layer.attn_eps,
-            _matrix(layer.down),
-            _vector(layer.q_gain),
-            _matrix(layer.q_up),
-            _vector(layer.kv_gain),
-            _stack(layer.kv_up),
+            matrix_at(layer.down),
+            vector_at(layer.q_gain),
+            matrix_at(layer.q_up),
+            vector_at(layer.kv_gain),
+            stack_at(layer.kv_up),
             layer.attn_scale,
             sink,
             out,
@@ -153,15 +153,15 @@ def _add_attention(
         add_gqa(
             stream,
             rotations,
-            _stack(entries[0]),
-            _stack(entries[1]),
+            stack_at(entries[0]),
+            stack_at(entries[1]),
             rows,
             counts,
             gain,
             layer.attn_eps,
-            _matrix(layer.qkv),
+            matrix_at(layer.qkv),
             layer.has_normed_heads != 0,
-            _matrix(layer.qk_gain),
+            matrix_at(layer.qk_gain),
             layer.attn_scale,
             sink,
             out,
@@ -174,40 +174,40 @@ def _add_attention(
 def _add_feed_forward(stream: Array, layer: Any, threads: int) -> None:
     add_experts(
         stream,
-        _vector(layer.ffn_gain),
+        vector_at(layer.ffn_gain),
         layer.ffn_eps,
-        _stack(layer.gate),
-        _stack(layer.up),
-        _matrix(layer.ffn_down),
-        _matrix(layer.router),
-        _vector(layer.router_bias),
+        stack_at(layer.gate),
+        stack_at(layer.up),
+        matrix_at(layer.ffn_down),
+        matrix_at(layer.router),
+        vector_at(layer.router_bias),
         layer.top_k,
         layer.is_softmax != 0,
         layer.expert_scale,
-        _stack(layer.expert_gate),
-        _stack(layer.expert_up),
-        _stack(layer.expert_down),
+        stack_at(layer.expert_gate),
+        stack_at(layer.expert_up),
+        stack_at(layer.expert_down),
         layer.branch_scale,
         threads,
     )
 
 
 @compiled
-def _vector(place: Rows) -> Array:
+def vector_at(place: Rows) -> Array:
     """What is `described`, by its last dimension."""
-    return carray(_pointer(place[0]), (place[3],), np.float32)
+    return carray(pointer(place[0]), (place[3],), np.float32)
 
 
 @compiled
-def _matrix(place: Rows) -> Array:
+def matrix_at(place: Rows) -> Array:
     """By its last two dimensions."""
-    return carray(_pointer(place[0]), (place[2], place[3]), np.float32)
+    return carray(pointer(place[0]), (place[2], place[3]), np.float32)
 
 
 @compiled
-def _stack(place: Rows) -> Array:
+def stack_at(place: Rows) -> Array:
     """By all three."""
-    return carray(_pointer(place[0]), (place[1], place[2], place[3]), np.float32)
+    return carray(pointer(place[0]), (place[1], place[2], place[3]), np.float32)
 
 
 def _at(_context: Any, address: Any) -> Any:
@@ -217,4 +217,4 @@ def _at(_context: Any, address: Any) -> Any:
     return types.voidptr(address), generate
 
 
-_pointer: Any = intrinsic(_at)
+pointer: Any = intrinsic(_at)

@@ -5,21 +5,15 @@ Main entry: `FewRows`. On a CPU, such a pass is bound by how many operations it 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from open_mythos.model.attention import GQAttention
 from open_mythos.model.block import Block
 from open_mythos.model.context import StandIn
-from open_mythos.model.depth_adapter import DepthAdapter, LoopEmbedding
-from open_mythos.model.experts import MoEFFN
-from open_mythos.model.feed_forward import SwiGLU
+from open_mythos.model.few_rows.known import HEADS, collect, compiles, has_global_hooks, is_patched
 from open_mythos.model.halting import ACTHalting
-from open_mythos.model.injection import LTIInjection
-from open_mythos.model.latent_attention import MLAttention
 from open_mythos.model.norm import RMSNorm
 from open_mythos.model.recurrent import RecurrentBlock
 from open_mythos.model.rows import as_array
@@ -29,17 +23,6 @@ if TYPE_CHECKING:
     from open_mythos.model.few_rows.layers import Layer
     from open_mythos.model.few_rows.token import FewRowsToken
     from open_mythos.model.mythos import OpenMythos
-
-_KNOWN = {
-    *(RecurrentBlock, LTIInjection, LoopEmbedding, DepthAdapter, ACTHalting),
-    *(Block, GQAttention, MLAttention, MoEFFN, SwiGLU, RMSNorm),
-    *(nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList),
-}
-
-# What asks for its stand-in where it computes, so that its own hooks run as ever.
-_ASKS_ITSELF = (Block, RecurrentBlock)
-_STOOD_IN_FOR = (*_ASKS_ITSELF, RMSNorm, ACTHalting)
-_HEADS = (nn.Linear, nn.Embedding)
 
 # Above so many positions arithmetic outweighs the number of operations; above so many keys, or pairs of a position and
 # a key that it sees where positions are few, PyTorch's attention is faster.
@@ -54,13 +37,13 @@ class FewRows:
         self._model = model
         plain: list[nn.Module] = []
         parts = [part for part in model._modules.values() if part is not None]
-        all_known = [_collect(part, plain) for part in parts]
-        self._whole = all(all_known) and not _is_patched(model)  # and nothing looks at what goes on in it
-        plain += [part for part, known in zip(parts, all_known, strict=True) if known and isinstance(part, _HEADS)]
+        all_known = [collect(part, plain) for part in parts]
+        self._whole = all(all_known) and not is_patched(model)  # and nothing looks at what goes on in it
+        plain += [part for part, known in zip(parts, all_known, strict=True) if known and isinstance(part, HEADS)]
         self._threads: Threads | None = None
         self._layers: dict[nn.Module, Layer] = {}
         self._found: dict[nn.Module, StandIn] = {}
-        if plain and not _has_global_hooks() and _compiles():
+        if plain and not has_global_hooks() and compiles():
             from open_mythos.model.few_rows.compiled import Threads
 
             self._threads = Threads()
@@ -140,55 +123,3 @@ def _stand_ins(modules: list[nn.Module], layers: dict[nn.Module, Layer], threads
             case nn.Linear() | nn.Embedding():
                 found[module] = few_rows_loop.FewRowsHead(module, threads)
     return found
-
-
-def _collect(module: nn.Module, plain: list[nn.Module]) -> bool:
-    """Add to `plain` the module and its parts where all in them is known; whether the module is, and has no hooks."""
-    parts = [_collect(part, plain) for part in module._modules.values() if part is not None]
-    known = all(parts) and _is_known(module)
-    hooked = bool(module._forward_hooks or module._forward_pre_hooks)
-    if known and isinstance(module, _STOOD_IN_FOR) and (not hooked or isinstance(module, _ASKS_ITSELF)):
-        plain.append(module)
-    return known and not hooked
-
-
-def _is_known(module: nn.Module) -> bool:
-    """Whether the module, leaving its parts aside, is what its class says, and its weights are plain arrays."""
-    if type(module) not in _KNOWN or _is_patched(module) or module._compiled_call_impl is not None:
-        return False
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return False
-    if type(module) is not ACTHalting:
-        for part in module._modules.values():
-            if part is not None and part._parameters.get("bias") is not None:
-                return False
-    if isinstance(module, MoEFFN) and not _is_plain(module.router_bias, Tensor):
-        return False
-    return all(_is_plain(weight, nn.Parameter) for weight in module._parameters.values() if weight is not None)
-
-
-def _is_plain(weight: Tensor, kind: type[Tensor]) -> bool:
-    on_cpu = weight.is_cpu and weight.dtype == torch.float32
-    return on_cpu and type(weight) is kind and weight.is_contiguous()
-
-
-def _is_patched(module: nn.Module) -> bool:
-    """Whether the module has methods of its own in place of its class's."""
-    return not _methods(type(module)).isdisjoint(vars(module))  # type: ignore[arg-type]
-
-
-@cache
-def _methods(kind: type[nn.Module]) -> frozenset[str]:
-    return frozenset(name for name in dir(kind) if callable(getattr(kind, name)))
-
-
-def _has_global_hooks() -> bool:
-    hooks = nn.modules.module
-    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
-
-
-def _compiles() -> bool:
-    """Whether Numba, which this imports, compiles: in half a second."""
-    from numba import config
-
-    return not config.DISABLE_JIT  # type: ignore[attr-defined]

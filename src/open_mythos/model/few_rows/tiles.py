@@ -57,7 +57,7 @@ def _sums(rows: int) -> Callable[..., tuple[float, ...]]:
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             vectors = ir.VectorType(_FLOAT, WIDE)
-            source, matrix = (_array(context, builder, signature, args, k) for k in (0, 2))
+            source, matrix = (array_of(context, builder, signature, args, k) for k in (0, 2))
             dim = cgutils.unpack_tuple(builder, matrix.shape)[1]
             own = [_row(builder, source, args[1], k, dim) for k in range(rows)]
             others = [_row(builder, matrix, args[3], k, dim) for k in range(CHANNELS)]
@@ -69,7 +69,7 @@ def _sums(rows: int) -> Callable[..., tuple[float, ...]]:
                 factors = [_load(builder, other, place, vectors) for other in others]
                 for k, row in enumerate(own):
                     repeated = [_load(builder, row, place, vectors)] * CHANNELS
-                    _add_products(builder, totals[k * CHANNELS : (k + 1) * CHANNELS], repeated, factors)
+                    add_products(builder, totals[k * CHANNELS : (k + 1) * CHANNELS], repeated, factors)
             results = [_reduce(builder, builder.load(total)) for total in totals]
             return context.make_tuple(builder, signature.return_type, results)
 
@@ -90,7 +90,7 @@ def _tile(lanes: int, channels: int) -> Callable[..., None]:
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             vectors = ir.VectorType(_FLOAT, lanes)
-            source, matrix, target = (_array(context, builder, signature, args, k) for k in (0, 1, 3))
+            source, matrix, target = (array_of(context, builder, signature, args, k) for k in (0, 1, 3))
             dim = cgutils.unpack_tuple(builder, matrix.shape)[1]
             others = [_row(builder, matrix, args[2], k, dim) for k in range(channels)]
             ahead = _row(builder, matrix, args[2], channels, dim)
@@ -99,9 +99,9 @@ def _tile(lanes: int, channels: int) -> Callable[..., None]:
                 _fetch(builder, ahead, builder.mul(loop.index, dim.type(channels)), channels)
                 numbers = _load(builder, source.data, builder.mul(loop.index, dim.type(lanes)), vectors)
                 factors = [
-                    _repeat(builder, builder.load(builder.gep(other, [loop.index])), vectors) for other in others
+                    repeated(builder, builder.load(builder.gep(other, [loop.index])), vectors) for other in others
                 ]
-                _add_products(builder, totals, [numbers] * channels, factors)
+                add_products(builder, totals, [numbers] * channels, factors)
             for k, total in enumerate(totals):
                 place = builder.gep(target.data, [dim.type(k * lanes)])
                 builder.store(builder.load(total), builder.bitcast(place, vectors.as_pointer()), align=4)
@@ -120,7 +120,7 @@ def _tile_along(_context: Any, x: Any, row: Any, last: Any, matrix: Any, column:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vectors = ir.VectorType(_FLOAT, WIDE)
-        source, weights, target = (_array(context, builder, signature, args, k) for k in (0, 3, 5))
+        source, weights, target = (array_of(context, builder, signature, args, k) for k in (0, 3, 5))
         dim, width = cgutils.unpack_tuple(builder, weights.shape)
         rows = [builder.add(args[1], args[1].type(k)) for k in range(4)]
         rows = [builder.select(builder.icmp_signed("<", k, args[2]), k, args[2]) for k in rows]
@@ -132,8 +132,8 @@ def _tile_along(_context: Any, x: Any, row: Any, last: Any, matrix: Any, column:
             parts = range(0, COLUMNS, WIDE)
             factors = [_load(builder, weights.data, builder.add(place, place.type(k)), vectors) for k in parts]
             for k, numbers in enumerate(own):
-                number = _repeat(builder, builder.load(builder.gep(numbers, [loop.index])), vectors)
-                _add_products(
+                number = repeated(builder, builder.load(builder.gep(numbers, [loop.index])), vectors)
+                add_products(
                     builder, totals[k * len(factors) : (k + 1) * len(factors)], [number] * len(factors), factors
                 )
         for k, total in enumerate(totals):
@@ -147,7 +147,7 @@ def _tile_along(_context: Any, x: Any, row: Any, last: Any, matrix: Any, column:
 tile_along: Callable[..., None] = intrinsic(_tile_along)  # type: ignore[assignment]
 
 
-def _array(context: Any, builder: Any, signature: Any, args: Any, k: int) -> Any:
+def array_of(context: Any, builder: Any, signature: Any, args: Any, k: int) -> Any:
     """Argument k, an array."""
     return context.make_array(signature.args[k])(context, builder, args[k])
 
@@ -166,12 +166,12 @@ def _load(builder: Any, data: Any, place: Any, vectors: Any) -> Any:
     return builder.load(builder.bitcast(builder.gep(data, [place]), vectors.as_pointer()), align=4)
 
 
-def _repeat(builder: Any, number: Any, vectors: Any) -> Any:
+def repeated(builder: Any, number: Any, vectors: Any) -> Any:
     alone = builder.insert_element(ir.Constant(vectors, ir.Undefined), number, _INT32(0))
-    return builder.shuffle_vector(alone, alone, _indices([0] * vectors.count))
+    return builder.shuffle_vector(alone, alone, indices([0] * vectors.count))
 
 
-def _add_products(builder: Any, totals: list[Any], a: list[Any], b: list[Any]) -> None:
+def add_products(builder: Any, totals: list[Any], a: list[Any], b: list[Any]) -> None:
     for total, one, other in zip(totals, a, b, strict=True):
         product = builder.fmul(one, other, flags=_FLAGS)
         builder.store(builder.fadd(builder.load(total), product, flags=_FLAGS), total)
@@ -191,14 +191,12 @@ def _reduce(builder: Any, vector: Any) -> Any:
     """The sum of a vector's numbers."""
     while vector.type.count > 1:
         half = vector.type.count // 2
-        low, high = (
-            builder.shuffle_vector(vector, vector, _indices(range(first, first + half))) for first in (0, half)
-        )
+        low, high = (builder.shuffle_vector(vector, vector, indices(range(first, first + half))) for first in (0, half))
         vector = builder.fadd(low, high, flags=_FLAGS)
     return builder.extract_element(vector, _INT32(0))
 
 
-def _indices(places: Any) -> Any:
+def indices(places: Any) -> Any:
     return ir.Constant(ir.VectorType(_INT32, len(places)), list(places))
 
 

@@ -1,0 +1,144 @@
+"""What stands between products: exponentials, root-mean-square norms, rotations, and the way back.
+
+Main entries: `exp`, `normalise`, `normalise_back`, `rotated`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from open_mythos.model.few_rows.compiled import compiled
+from open_mythos.model.rows import Array
+
+
+@compiled
+def exp(x: np.float32) -> np.float32:
+    """`exp(x)` to one unit in the last place, in a form that becomes vector instructions; 0 below -87.
+
+    The polynomial is that of Cephes (Moshier 1989), `expf`.
+    """
+    bounded = min(max(x, np.float32(-87.33654)), np.float32(88.37626))
+    whole = np.floor(bounded * np.float32(1.44269504) + np.float32(0.5))
+    rest = bounded - whole * np.float32(0.693359375) + whole * np.float32(2.12194440e-4)
+    series = np.float32(1.9875691500e-4)
+    series = series * rest + np.float32(1.3981999507e-3)
+    series = series * rest + np.float32(8.3334519073e-3)
+    series = series * rest + np.float32(4.1665795894e-2)
+    series = series * rest + np.float32(1.6666665459e-1)
+    series = series * rest + np.float32(5.0000001201e-1)
+    series = series * rest * rest + rest + np.float32(1)
+    power = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return series * power if x == x else x
+
+
+@compiled
+def scale_of(row: Array, eps: np.float32) -> np.float32:
+    """1 over the root mean square of a row."""
+    total = np.float32(0)
+    for j in range(row.shape[0]):
+        total += row[j] * row[j]
+    return np.float32(1) / np.sqrt(total / np.float32(row.shape[0]) + eps)
+
+
+@compiled
+def normalise(x: Array, gain: Array, eps: np.float32, scales: Array, out: Array) -> None:
+    """`x * scale * gain` for rows x (n, dim), to `out`; each row's scale is 1 over its root mean square."""
+    for i in range(x.shape[0]):
+        scales[i] = scale_of(x[i], eps)
+    normalise_again(x, gain, scales, out)
+
+
+@compiled
+def normalise_again(x: Array, gain: Array, scales: Array, out: Array) -> None:
+    """The same, the scales being known."""
+    for i in range(x.shape[0]):
+        row, to, scale = x[i], out[i], scales[i]
+        for j in range(row.shape[0]):
+            to[j] = row[j] * scale * gain[j]
+
+
+@compiled
+def normalise_back(
+    x: Array, gain: Array, scales: Array, grad: Array, straight: Array, out: Array, dgain: Array
+) -> None:
+    """The gradient of `normalise` for x, plus `straight`, to `out`, given that of its result; the gain's grows."""
+    for i in range(x.shape[0]):
+        to, add = out[i], straight[i]
+        row_back(x[i], gain, scales[i], grad[i], to, dgain)
+        for j in range(to.shape[0]):
+            to[j] += add[j]
+
+
+@compiled
+def row_back(row: Array, gain: Array, scale: np.float32, grad: Array, out: Array, dgain: Array) -> None:
+    """The gradient of `row * scale * gain`, of which the scale depends on the row; the gain's is added up.
+
+    With y = row * scale: `scale * (g - y * mean(g * y))` for `g = grad * gain`.
+    """
+    n = row.shape[0]
+    total = np.float32(0)
+    for j in range(n):
+        total += grad[j] * gain[j] * row[j]
+    back = total * scale * scale * scale / np.float32(n)
+    for j in range(n):
+        dgain[j] += grad[j] * row[j] * scale
+        out[j] = grad[j] * gain[j] * scale - row[j] * back
+
+
+@compiled
+def rotated(x: Array, rotation: Array) -> None:
+    """Rotate x (dim,) in place, channels i and i + dim/2 paired, by the cosines and then sines `rotation` (dim,).
+
+    (0,) for none.
+    """
+    half = rotation.shape[0] // 2
+    a, b, cos, sin = x[:half], x[half:], rotation[:half], rotation[half:]
+    for i in range(half):
+        low, high = a[i], b[i]
+        a[i] = low * cos[i] - high * sin[i]
+        b[i] = high * cos[i] + low * sin[i]
+
+
+@compiled
+def rotated_back(x: Array, rotation: Array) -> None:
+    """The other way round."""
+    half = rotation.shape[0] // 2
+    a, b, cos, sin = x[:half], x[half:], rotation[:half], rotation[half:]
+    for i in range(half):
+        low, high = a[i], b[i]
+        a[i] = low * cos[i] + high * sin[i]
+        b[i] = high * cos[i] - low * sin[i]
+
+
+@compiled
+def add_residual(x: Array, branch_scale: np.float32, out: Array) -> None:
+    """`out = x + branch_scale * out`."""
+    n, dim = x.shape
+    for i in range(n):
+        row, to = x[i], out[i]
+        for j in range(dim):
+            to[j] = row[j] + branch_scale * to[j]
+
+
+@compiled
+def scaled(x: Array, factor: np.float32, out: Array) -> None:
+    """`out = factor * x`."""
+    n, dim = x.shape
+    for i in range(n):
+        row, to = x[i], out[i]
+        for j in range(dim):
+            to[j] = factor * row[j]
+
+
+@compiled
+def copied(x: Array, out: Array) -> None:
+    """`out = x`, both (n,)."""
+    for j in range(x.shape[0]):
+        out[j] = x[j]
+
+
+@compiled
+def add_to(x: Array, out: Array) -> None:
+    """`out += x`, both (n,)."""
+    for j in range(x.shape[0]):
+        out[j] += x[j]

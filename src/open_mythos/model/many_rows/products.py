@@ -1,0 +1,47 @@
+"""Products of whole matrices, all contiguous.
+
+Main entries: `by`, `by_turned` and `across`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from open_mythos.model.few_rows.compiled import compiled
+from open_mythos.model.many_rows.tile import PANEL, product, turned
+from open_mythos.model.rows import Array
+
+
+@compiled
+def by(x: Array, matrix: Array, out: Array, add: bool) -> None:
+    """`out = x @ matrix`, or with `add` `out += x @ matrix`; (rows, depth) by (depth, columns)."""
+    rows, depth = x.shape
+    columns = matrix.shape[1]
+    product(flat(x), 0, depth, 1, flat(matrix), 0, columns, flat(out), 0, columns, rows, columns, depth, int(add))
+
+
+@compiled
+def by_turned(x: Array, matrix: Array, out: Array, add: bool) -> None:
+    """`out = x @ matrix.T`, or with `add` `out += x @ matrix.T`; (rows, depth) by (columns, depth)."""
+    rows, depth = x.shape
+    columns = matrix.shape[0]
+    panel = np.empty(PANEL * depth, np.float32)
+    for first in range(0, columns, PANEL):
+        width = min(PANEL, columns - first)
+        turned(flat(matrix), first * depth, depth, width, depth, panel, 0, PANEL)
+        product(flat(x), 0, depth, 1, panel, 0, PANEL, flat(out), first, columns, rows, width, depth, int(add))
+
+
+@compiled
+def across(x: Array, y: Array, first: int, end: int, out: Array, add: bool) -> None:
+    """Rows `first` to `end` of `out = x.T @ y`, or with `add` of `out += x.T @ y`; x and y have the same rows."""
+    depth, width = x.shape
+    columns = y.shape[1]
+    rows, target = end - first, first * columns
+    product(flat(x), first, 1, width, flat(y), 0, columns, flat(out), target, columns, rows, columns, depth, int(add))
+
+
+@compiled
+def flat(x: Array) -> Array:
+    """All numbers of a contiguous array, (n,)."""
+    return x.reshape(x.size)

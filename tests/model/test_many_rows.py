@@ -1,0 +1,263 @@
+"""Layers in compiled code give the numbers and the gradients of the modules that they stand in for."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from open_mythos import OpenMythos
+from open_mythos.model.cache import CacheAddress
+from open_mythos.model.few_rows.compiled import Threads
+from open_mythos.model.many_rows import function, pointwise, products
+from open_mythos.model.many_rows.stand_ins import ManyRows
+from open_mythos.training.depth import LoopPlan
+from open_mythos.training.objective import Objective
+from tiny import random_ids, tiny_config, tiny_model
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"halting": "none"},
+    {"halting": "act", "act_threshold": 0.6},
+    {"window": 3, "outer_window": 2},
+    {"window": 1},
+    {"recurrent_layers": 2, "window": 4},
+    {"prelude_layers": 2, "coda_layers": 2, "n_experts": 0, "lora_rank": 0, "loop_embedding": False},
+    {"n_experts": 8, "n_experts_per_tok": 3, "router_score": "sigmoid", "routed_scale": 1.7},
+    {"n_experts": 8, "n_shared_experts": 0, "n_experts_per_tok": 1},
+    {"n_experts": 3, "n_experts_per_tok": 3, "routed_scale": 0.0},
+    {"use_rope": False, "attention_sink": False, "qk_norm": False, "tie_embeddings": False},
+    {"n_kv_heads": 4, "ffn_dim": 23, "expert_dim": 19},
+]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """One entry for every layer that compiled code has computed."""
+    made: list[object] = []
+    run = function.WholeLayer.__call__
+
+    def spied(self: function.WholeLayer, *args: Any) -> Tensor:
+        made.append(self)
+        return run(self, *args)
+
+    monkeypatch.setattr(function.WholeLayer, "__call__", spied)
+    return made
+
+
+def by_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ManyRows, "layer", lambda *_: None)
+
+
+def run(model: OpenMythos, ids: Tensor, n_loops: int | Tensor) -> dict[str, Tensor]:
+    """All that a pass gives, and the gradient of every parameter."""
+    model.zero_grad()
+    found = model(ids, n_loops, full_output=True)
+    weights = torch.randn(found.logits.shape, generator=torch.Generator().manual_seed(3))
+    ((found.logits * weights).sum() + found.ponder_cost).backward()
+    seen = {"logits": found.logits.detach(), "exits": found.exit_loops, "ponder": found.ponder_cost.detach()}
+    if found.expert_load is not None:
+        seen["load"] = found.expert_load
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {**seen, **grads}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        bound = 2e-5 * max(1.0, float(value.abs().max()))
+        torch.testing.assert_close(found[name], value, atol=bound, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("n_loops", [1, 3, [4, 1, 3]], ids=str)
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: ",".join(changes) or "tiny")
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+def test_a_pass_and_its_gradients_equal_those_of_the_modules(
+    attn_type: str, changes: dict[str, Any], n_loops: Any, calls: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(tiny_config(attn_type, **changes)).train()
+    other = copy.deepcopy(model)  # a pass in training moves the routers' biases
+    ids, loops = random_ids(model.config, 3, 13), torch.tensor(n_loops) if isinstance(n_loops, list) else n_loops
+    found = run(model, ids, loops)
+    assert calls
+    by_modules(monkeypatch)
+    assert_same(found, run(other, ids, loops))
+
+
+@pytest.mark.parametrize(("batch", "seq"), [(1, 1), (1, 150), (2, 70), (40, 2)])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+def test_any_shape(attn_type: str, window: int | None, batch: int, seq: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(attn_type, window=window, outer_window=window, max_seq_len=256)
+    model = tiny_model(config).train()
+    other, ids = copy.deepcopy(model), random_ids(config, batch, seq)
+    found = run(model, ids, 2)
+    by_modules(monkeypatch)
+    assert_same(found, run(other, ids, 2))
+
+
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+@pytest.mark.parametrize("how", [{"recompute": True}, {"with_movement": True}])
+def test_an_objective_with_loops_that_begin_later(
+    attn_type: str, how: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(tiny_config(attn_type)).train()
+    ids = random_ids(model.config, 3, 12)
+    plan = LoopPlan(torch.tensor([4, 2, 3]), 2)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        sums = Objective(model, **how)(ids, ids, plan)
+        (sums.loss + sums.ponder + sums.movement).backward()
+        return {
+            "loss": sums.loss.detach(),
+            **{k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None},
+        }
+
+    found = gradients()
+    by_modules(monkeypatch)
+    assert_same(found, gradients())
+
+
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+def test_threads_change_no_number_and_companions_neither(attn_type: str) -> None:
+    """What stands around the layers is PyTorch's, whose products with few channels may differ in the last digit."""
+    model = tiny_model(tiny_config(attn_type, n_experts=8))
+    x = torch.randn(5, 12, model.config.dim)
+    address = CacheAddress("recurrent", 0)
+
+    def layer(x: Tensor) -> Tensor:
+        return model.recurrent.block(x, model.context(x.shape[1]), address)  # type: ignore[no-any-return]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = layer(x)
+        torch.set_num_threads(2)
+        assert torch.equal(layer(x), alone)
+        assert torch.equal(layer(x[2:3, :7]), alone[2:3, :7])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_passes_may_be_interleaved_and_gone_back_twice() -> None:
+    model = tiny_model(tiny_config("gqa", halting="none"))
+    ids = random_ids(model.config, 2, 9)
+    expected = run(model, ids, 2)["logits"]
+    first, second = model(ids, 2), model(ids.flip(1), 2)
+    weights = torch.randn_like(first)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    once = torch.autograd.grad((first * weights).sum(), parameters, retain_graph=True, allow_unused=True)
+    torch.autograd.grad((second * weights).sum(), parameters, allow_unused=True)
+    model(ids.roll(1, 1), 2)
+    again = torch.autograd.grad((first * weights).sum(), parameters, allow_unused=True)
+    assert torch.equal(first, expected)
+    for a, b in zip(once, again, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_what_a_pass_keeps_is_used_again() -> None:
+    model = tiny_model(tiny_config("gqa"))
+    ids, block = random_ids(model.config, 2, 9), model.recurrent.block
+    for _ in range(3):
+        model(ids, 4).sum().backward()
+        gc.collect()
+    free = function._plans[block]._free[ids.numel()]
+    assert len(free) == 4  # one for each loop, of the first pass
+    model(ids, 4)
+    gc.collect()
+    assert len(free) == 4
+
+
+def test_weights_may_move_between_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(tiny_config("mla"))
+    ids = random_ids(model.config, 2, 9)
+    model(ids, 2)
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.1
+    model.recurrent.block.ffn.router_bias = torch.randn(4)
+    other, found = copy.deepcopy(model), run(model, ids, 2)
+    by_modules(monkeypatch)
+    assert_same(found, run(other, ids, 2))
+
+
+def test_frozen_weights_get_no_gradient_and_inputs_alone_do() -> None:
+    model = tiny_model(tiny_config("gqa"))
+    model.requires_grad_(False)
+    model.embed.weight.requires_grad_(True)
+    model(random_ids(model.config, 2, 9), 2).sum().backward()
+    assert model.embed.weight.grad is not None
+    assert all(p.grad is None for p in model.recurrent.parameters())
+
+
+def test_what_is_not_known_goes_through_the_modules(calls: list[object]) -> None:
+    model = tiny_model(tiny_config("gqa", dropout=0.1))
+    ids = random_ids(model.config, 2, 9)
+    model.train()(ids, 1)
+    assert not calls, "it drops out"
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, 1)
+    with sdpa_kernel(SDPBackend.MATH):
+        model(ids, 1)
+    copy.deepcopy(model).double()(ids, 1)
+    seen: list[object] = []
+    hooks = [layer.attn.register_forward_hook(lambda *_: seen.append(1)) for layer in (model.prelude[0], model.coda[0])]
+    hooks.append(model.recurrent.block.ffn.register_forward_hook(lambda *_: seen.append(1)))
+    model(ids, 1)
+    assert len(seen) == 3
+    assert not calls
+    for hook in hooks:
+        hook.remove()
+    model.recurrent.block.register_forward_hook(lambda *_: seen.append(1))
+    model(ids, 1)
+    assert len(calls) == 3, "a layer's own hooks run as ever"
+    assert len(seen) == 4
+
+
+def test_a_second_derivative_is_refused_outside_of_its_context() -> None:
+    model = tiny_model(tiny_config("gqa"))
+    loss = model(random_ids(model.config, 1, 5), 1).square().sum()
+    (grad,) = torch.autograd.grad(loss, [model.recurrent.block.attn.out.weight], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiate twice|does not require grad"):
+        grad.sum().backward()
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    model = tiny_model(tiny_config("gqa"))
+    with torch.no_grad():
+        model.recurrent.block.attn.qkv.weight[0, 0] = torch.nan
+    assert model(random_ids(model.config, 1, 5), 1).isnan().all()
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_products_of_any_size_equal_numpys(add: bool) -> None:
+    assert Threads().use()
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        rows, columns, depth = (int(n) for n in rng.integers(1, 150, 3))
+        x, w, y = (rng.standard_normal(s, dtype=np.float32) for s in ((rows, depth), (depth, columns), (rows, columns)))
+        for product, other in ((products.by, w), (products.by_turned, np.ascontiguousarray(w.T))):
+            out = y.copy()
+            product(x, other, out, add)
+            np.testing.assert_allclose(out, x @ w + add * y, atol=1e-4)
+        first, end = sorted(int(n) for n in rng.integers(0, depth + 1, 2))
+        out = w.copy()
+        products.across(x, y, first, end, out, add)
+        expected = w.copy()
+        expected[first:end] = (x.T @ y + add * w)[first:end]
+        np.testing.assert_allclose(out, expected, atol=1e-4)
+
+
+def test_exponentials() -> None:
+    x = np.concatenate([np.linspace(-87, 88, 9001), np.random.default_rng(0).normal(size=1000)]).astype(np.float32)
+    found = np.array([pointwise.exp(value) for value in x])
+    np.testing.assert_allclose(found, np.exp(x.astype(np.float64)), rtol=2.5e-7)
+    assert np.isnan(pointwise.exp(np.float32(np.nan)))
+    assert pointwise.exp(np.float32(-np.inf)) < 1e-37
