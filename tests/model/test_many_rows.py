@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from open_mythos import OpenMythos
+from open_mythos.model.attention import GQAttention
 from open_mythos.model.cache import CacheAddress
 from open_mythos.model.few_rows.compiled import Threads
 from open_mythos.model.many_rows import function, pointwise, products
@@ -168,11 +170,13 @@ def test_what_a_pass_keeps_is_used_again() -> None:
     for _ in range(3):
         model(ids, 4).sum().backward()
         gc.collect()
-    free = function._plans[block]._free[ids.numel()]
+    free = function._plans[block][1]._free
     assert len(free) == 4  # one for each loop, of the first pass
-    model(ids, 4)
-    gc.collect()
-    assert len(free) == 4
+    for seq in (3, 12, 5):
+        model(random_ids(model.config, 2, seq), 4)
+        gc.collect()
+        assert len(free) == 4
+    assert max(memory.size for memory in free) < 2 * min(memory.size for memory in free)
 
 
 def test_weights_may_move_between_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +191,114 @@ def test_weights_may_move_between_passes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert_same(found, run(other, ids, 2))
 
 
+@pytest.mark.parametrize("name", ["attn.out.weight", "attn.qk_gain", "ffn.gate"])
+def test_parameters_may_be_replaced_between_passes(name: str) -> None:
+    model = tiny_model(tiny_config("gqa"))
+    ids = random_ids(model.config, 2, 9)
+    model(ids, 2)
+    block = model.recurrent.block
+    before = model(ids, 2)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    assert torch.equal(model(ids, 2), before)
+    model(ids, 2).sum().backward()
+    assert block.get_parameter(name).grad is not None
+    block.get_parameter(name).data = block.get_parameter(name).data * 3
+    after = model(ids, 2)
+    assert not torch.allclose(after, before)
+    assert torch.equal(after, copy.deepcopy(model)(ids, 2))
+
+
+def test_a_window_may_change_between_passes() -> None:
+    model, narrow = (tiny_model(tiny_config("gqa", window=window)) for window in (None, 2))
+    ids = random_ids(model.config, 2, 9)
+    model(ids, 2)
+    model.recurrent.block.attn.window = 2
+    assert torch.equal(model(ids, 2), narrow(ids, 2))
+
+
+def test_weights_may_be_gone_between_the_two_ways() -> None:
+    """As where they are sharded: their memory is given back, and comes again elsewhere."""
+    model = tiny_model(tiny_config("gqa", halting="none"))
+    ids, weights = random_ids(model.config, 2, 9), list(model.recurrent.blocks.parameters())
+    expected = run(model, ids, 2)
+    model.zero_grad()
+    kept = [weight.detach().clone() for weight in weights]
+    total = (model(ids, 2) * torch.randn(2, 9, 17, generator=torch.Generator().manual_seed(3))).sum()
+    for weight in weights:
+        weight.untyped_storage().resize_(0)
+    in_their_place = [torch.full_like(weight, torch.nan) for weight in kept]
+    for weight, old in zip(weights, kept, strict=True):
+        weight.untyped_storage().resize_(4 * old.numel())
+        with torch.autograd._unsafe_preserve_version_counter(weight):
+            weight.data.copy_(old)
+    total.backward()
+    del in_their_place
+    for name, parameter in model.recurrent.blocks.named_parameters():
+        assert torch.equal(parameter.grad, expected[f"recurrent.blocks.{name}"])  # type: ignore[arg-type]
+
+
+def test_a_weight_that_is_computed_gets_its_gradient(calls: list[object]) -> None:
+    model = tiny_model(tiny_config("gqa", prelude_layers=0, coda_layers=0))
+    out = model.recurrent.block.attn.out
+    half = (out.weight / 2).detach().requires_grad_()
+    del out.weight
+    out.weight = half * 2  # type: ignore[assignment]
+    model(random_ids(model.config, 2, 9), 2).sum().backward()
+    assert half.grad is not None
+    assert not calls
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    model = tiny_model(tiny_config("mla", halting="none"))
+    ids = random_ids(model.config, 2, 9)
+    expected = model(ids, 3).detach()
+    plan = function._plans[model.recurrent.block][1]
+    gc.collect()
+    plan._free.clear()
+    with torch.no_grad():
+        assert torch.equal(model(ids, 3), expected)
+    gc.collect()
+    assert not plan._free
+
+
+def test_other_defaults_change_nothing() -> None:
+    model = tiny_model(tiny_config("gqa", qk_norm=False, halting="none"))
+    ids = random_ids(model.config, 3, 30)
+    expected = run(model, ids, 2)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        function._scratch.buffer = torch.empty(0, dtype=torch.float32)
+        model.zero_grad()
+        logits = model(ids, 2)
+        logits.float().sum().backward()
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(logits.detach(), expected["logits"])
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model = tiny_model(tiny_config("gqa"))
+    ids = random_ids(model.config, 2, 9)
+    with pytest.raises(RuntimeError):
+        model.encode(ids, model.context(4))
+    with pytest.raises(RuntimeError):
+        model.prelude[0](torch.zeros(4, 9, 3), model.context(9), CacheAddress("prelude", 0))
+
+
+def test_forward_mode_without_gradients_goes_through_the_modules() -> None:
+    model = tiny_model(tiny_config("gqa"))
+    x = torch.randn(1, 5, 16)
+
+    def layer(x: Tensor) -> Tensor:
+        return model.prelude[0](x, model.context(5), CacheAddress("prelude", 0))  # type: ignore[no-any-return]
+
+    with torch.no_grad(), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+    assert tangent is not None
+    torch.testing.assert_close((layer(x + 5e-3) - layer(x - 5e-3)) / 1e-2, tangent, atol=2e-2, rtol=2e-2)
+
+
 def test_frozen_weights_get_no_gradient_and_inputs_alone_do() -> None:
     model = tiny_model(tiny_config("gqa"))
     model.requires_grad_(False)
@@ -196,11 +308,16 @@ def test_frozen_weights_get_no_gradient_and_inputs_alone_do() -> None:
     assert all(p.grad is None for p in model.recurrent.parameters())
 
 
-def test_what_is_not_known_goes_through_the_modules(calls: list[object]) -> None:
+def test_what_is_not_known_goes_through_the_modules(calls: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(tiny_config("gqa", dropout=0.1))
     ids = random_ids(model.config, 2, 9)
     model.train()(ids, 1)
     assert not calls, "it drops out"
+    for module in model.eval().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.train()
+    model(ids, 1)
+    assert not calls, "some of it does"
     model.eval()
     with torch.autocast("cpu", torch.bfloat16):
         model(ids, 1)
@@ -209,12 +326,17 @@ def test_what_is_not_known_goes_through_the_modules(calls: list[object]) -> None
     copy.deepcopy(model).double()(ids, 1)
     seen: list[object] = []
     hooks = [layer.attn.register_forward_hook(lambda *_: seen.append(1)) for layer in (model.prelude[0], model.coda[0])]
-    hooks.append(model.recurrent.block.ffn.register_forward_hook(lambda *_: seen.append(1)))
-    model(ids, 1)
+    hooks.append(model.recurrent.block.ffn.register_full_backward_hook(lambda *_: seen.append(1)))
+    model(ids, 1).sum().backward()
     assert len(seen) == 3
     assert not calls
-    for hook in hooks:
-        hook.remove()
+    with monkeypatch.context() as patch:
+        forward = GQAttention.forward
+        patch.setattr(GQAttention, "forward", lambda *args: forward(*args))
+        for hook in hooks:
+            hook.remove()
+        model(ids, 1)
+    assert not calls
     model.recurrent.block.register_forward_hook(lambda *_: seen.append(1))
     model(ids, 1)
     assert len(calls) == 3, "a layer's own hooks run as ever"

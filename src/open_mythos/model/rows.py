@@ -38,4 +38,9 @@ def described(tensor: Tensor) -> tuple[int, ...]:
     """Where a contiguous float32 tensor lies, and its sizes, at most three; where there are fewer, the first are 1."""
     assert tensor.dtype == torch.float32, "nobody who is given an address can ask"
     assert tensor.is_contiguous()
-    return (tensor.data_ptr(), *(1,) * (3 - tensor.dim()), *tensor.shape)
+    return tensor.data_ptr(), *as_dimensions(tensor)
+
+
+def as_dimensions(tensor: Tensor) -> tuple[int, ...]:
+    """Three sizes; where there are fewer, the first are 1."""
+    return (*(1,) * (3 - tensor.dim()), *tensor.shape)

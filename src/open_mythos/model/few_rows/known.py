@@ -6,6 +6,7 @@ Main entries: `collect`, `has_global_hooks`, `compiles`.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,13 @@ from open_mythos.model.latent_attention import MLAttention
 from open_mythos.model.norm import RMSNorm
 from open_mythos.model.recurrent import RecurrentBlock
 
-_KNOWN = {
+_KNOWN: set[type[nn.Module]] = {
     *(RecurrentBlock, LTIInjection, LoopEmbedding, DepthAdapter, ACTHalting),
     *(Block, GQAttention, MLAttention, MoEFFN, SwiGLU, RMSNorm),
     *(nn.Linear, nn.Embedding, nn.Dropout, nn.ModuleList),
 }
+
+_FORWARD: dict[type[nn.Module], Any] = {kind: kind.forward for kind in _KNOWN}
 
 # What asks for its stand-in where it computes, so that its own hooks run as ever.
 _ASKS_ITSELF = (Block, RecurrentBlock)
@@ -37,7 +40,8 @@ def collect(module: nn.Module, plain: list[nn.Module]) -> bool:
     """Add to `plain` the module and its parts where all in them is known; whether the module is, and has no hooks."""
     parts = [collect(part, plain) for part in module._modules.values() if part is not None]
     known = all(parts) and _is_known(module)
-    hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooked = any(hooks)
     if known and isinstance(module, _STOOD_IN_FOR) and (not hooked or isinstance(module, _ASKS_ITSELF)):
         plain.append(module)
     return known and not hooked
@@ -45,8 +49,11 @@ def collect(module: nn.Module, plain: list[nn.Module]) -> bool:
 
 def _is_known(module: nn.Module) -> bool:
     """Whether the module, leaving its parts aside, is what its class says, and its weights are plain arrays."""
-    if type(module) not in _KNOWN or is_patched(module) or module._compiled_call_impl is not None:
+    kind = type(module)
+    if kind not in _KNOWN or kind.forward is not _FORWARD[kind] or is_patched(module):
         return False
+    if module._compiled_call_impl is not None or any(isinstance(x, Tensor) for x in vars(module).values()):
+        return False  # wrappers put a weight's views in its place
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return False
     if type(module) is not ACTHalting:
@@ -75,7 +82,8 @@ def _methods(kind: type[nn.Module]) -> frozenset[str]:
 
 def has_global_hooks() -> bool:
     hooks = nn.modules.module
-    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+    forward = hooks._global_forward_hooks, hooks._global_forward_pre_hooks
+    return any((*forward, hooks._global_backward_hooks, hooks._global_backward_pre_hooks))
 
 
 def compiles() -> bool:

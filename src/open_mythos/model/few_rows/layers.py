@@ -80,7 +80,7 @@ def known_of(block: Block) -> Known:
 
 
 def _gqa(attn: GQAttention) -> Known:
-    ones = torch.ones(attn.n_heads + attn.n_kv_heads, attn.head_dim)
+    ones = torch.ones(attn.n_heads + attn.n_kv_heads, attn.head_dim, dtype=torch.float32, device="cpu")
     gain = ones if attn.qk_gain is None else attn.qk_gain
     known = {"qkv": attn.qkv.weight, "qk_gain": gain, "has_normed_heads": attn.qk_gain is not None}
     return {**known, "attn_scale": attn.head_dim**-0.5}

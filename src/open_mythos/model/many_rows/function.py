@@ -1,4 +1,4 @@
-"""A layer's pass over many positions as a function that PyTorch can differentiate.
+"""A layer's pass over whole sequences, as something that PyTorch can differentiate.
 
 Main entry: `WholeLayer`.
 """
@@ -6,7 +6,7 @@ Main entry: `WholeLayer`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, finalize
 
@@ -19,20 +19,26 @@ from open_mythos.model.block import Block
 from open_mythos.model.cache import CacheAddress
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.few_rows.compiled import Threads
-from open_mythos.model.few_rows.layers import Known, Layer, known_of, table
+from open_mythos.model.few_rows.layers import LAYER, Known, known_of
 from open_mythos.model.latent_attention import MLAttention
 from open_mythos.model.many_rows import layer as kernels
-from open_mythos.model.rows import Array, described
+from open_mythos.model.rows import Array, as_dimensions
 
 _GAINS = ("attn_gain", "ffn_gain", "qk_gain", "q_gain", "kv_gain")
 """In the order in which a line of the compiled code's `gains` has them."""
-_KEPT, _SCRATCH, _COUNTED = len(kernels.KEPT), len(kernels.SCRATCH), len(kernels.COUNTED)
+
 _ALIGNED = 16
 """Numbers in a line of the caches: where arrays begin."""
 
+_MOST_HELD = 2**24
+"""Numbers in a piece of memory that is held for the next pass; more is given back."""
+
+_FIELDS = {name: k for k, name in enumerate(kernels.PASS.names or ())}
+_FIRST_WEIGHT = {name: LAYER.fields[name][1] // 8 for name in LAYER.names if LAYER.fields[name][0].shape}  # type: ignore[index, union-attr]
+
 
 class _Places(NamedTuple):
-    """Arrays that lie in one."""
+    """Arrays that lie in one piece of memory."""
 
     offsets: npt.NDArray[np.int64]
     """In bytes."""
@@ -41,38 +47,29 @@ class _Places(NamedTuple):
 
 
 class LayerPlan:
-    """What does not change between passes of one block: its weights' places, sizes, and those of what a pass keeps."""
+    """What a pass needs to know of a block beside where things are: sizes, and how memory is laid out."""
 
     def __init__(self, block: Block, known: Known) -> None:
-        self.state = _state(known)
-        self.weights: dict[str, Tensor] = {name: w for name, w in known.items() if isinstance(w, nn.Parameter)}
-        self._layer = Layer(block)
-        self.table = table([self._layer])
-        attn = block.attn
-        if isinstance(attn, MLAttention):
-            self.weights["kv_up"] = attn.kv_up.weight
-        self.shapes = {name: known[name].shape for name in self.weights}
-        """As compiled code sees the weights."""
-        self.window = attn.window
-        n_heads, dim = attn.n_heads, block.attn_norm.weight.shape[0]
+        attn, self.window = block.attn, block.attn.window
+        dim = block.attn_norm.weight.shape[0]
+        n_heads, rank, q_rank, latent, rebuilt = attn.n_heads, 0, 0, 0, 0
+        self.entries: dict[str, tuple[int, ...]]
+        """Sizes of what a position leaves for others, by the names of the cache."""
         if isinstance(attn, MLAttention):
             n_kv, key_width, value_width = n_heads, attn.nope_dim + attn.rope_dim, attn.v_dim
             rank, q_rank = attn.kv_norm.weight.shape[0], attn.q_norm.weight.shape[0]
             raw, rebuilt, latent = attn.down.weight.shape[0], n_kv, rank + attn.rope_dim
-            entries: dict[str, tuple[int, ...]] = {"latent": (latent,)}
+            self.entries = {"latent": (latent,)}
         else:
             n_kv, key_width, value_width = attn.n_kv_heads, attn.head_dim, attn.head_dim
-            raw, rebuilt, rank, q_rank, latent = attn.qkv.weight.shape[0], 0, 0, 0, 0
-            entries = {"k": (n_kv, key_width), "v": (n_kv, key_width)}
-        self.entries = entries
-        """Sizes of what a position leaves for others, by the names of the cache."""
+            raw = attn.qkv.weight.shape[0]
+            self.entries = {"k": (n_kv, key_width), "v": (n_kv, key_width)}
         shared = known["gate"].shape[0] if "gate" in known else 0
         n_experts, expert_width, _ = known["expert_gate"].shape if "expert_gate" in known else (0, 0, 0)
-        self.n_experts: int = n_experts
-        self.top_k: int = known.get("top_k", 0)
-        top_k = self.top_k
+        top_k = known.get("top_k", 0)
+        self.dim, self.n_experts, self.top_k, self.n_heads = dim, int(n_experts), int(top_k), n_heads
         slots = top_k * expert_width
-        per_row = {
+        kept = {
             "attn_scales": 1,
             "raw": raw,
             "q": n_heads * key_width,
@@ -84,10 +81,12 @@ class LayerPlan:
             "ffn_scales": 1,
             "gates": shared,
             "ups": shared,
-            "logits": self.n_experts,
+            "logits": n_experts,
             "factors": top_k,
             "expert_gates": slots,
             "expert_ups": slots,
+        }
+        scratch = {
             "normed": dim,
             "dnormed": dim,
             "draw": raw,
@@ -108,7 +107,7 @@ class LayerPlan:
             "hidden": shared,
             "dgates": shared,
             "dups": shared,
-            "dlogits": self.n_experts,
+            "dlogits": n_experts,
             "dhidden": shared,
             "rows": top_k * dim,
             "drows": top_k * dim,
@@ -118,14 +117,33 @@ class LayerPlan:
             "dexpert_gates": slots,
             "dexpert_ups": slots,
         }
-        self._per_row: dict[tuple[str, ...], npt.NDArray[np.int64]] = {
-            names: np.array([per_row[name] for name in names]) for names in (kernels.KEPT, kernels.SCRATCH)
+        self._per_row = {
+            kernels.KEPT: np.array([kept[name] for name in kernels.KEPT]),
+            kernels.SCRATCH: np.array([scratch[name] for name in kernels.SCRATCH]),
         }
         self._places: dict[tuple[tuple[str, ...], int], _Places] = {}
-        self._free: dict[int, list[Array]] = {}
-        self.gains = {name: self.weights[name].numel() for name in _GAINS if name in self.weights}
-        self.n_gains = sum(self.gains.values())
-        self.sizes = (n_heads, n_kv, key_width, value_width)
+        self._free: list[Array] = []
+        names = self.names = tuple(weights_of(block))
+        """Of the weights, in the order in which passes are given them."""
+        self.gains = {name: known[name].numel() for name in _GAINS if name in names}
+        self.sizes = {"n_heads": n_heads, "n_kv": n_kv, "key_width": key_width, "value_width": value_width}
+        self.sizes["n_gains"] = sum(self.gains.values())
+        self._layer, self._weights = np.zeros(1, LAYER), np.zeros(1, LAYER)
+        for name, value in known.items():
+            if isinstance(value, Tensor):
+                self._layer[name][0, 1:] = as_dimensions(value)
+            else:
+                self._layer[name] = value
+            if name in names:
+                self._weights[name][0, 1:] = as_dimensions(value)
+
+    def described(self, tensors: Mapping[str, Tensor], *, gradients: bool = False) -> npt.NDArray[Any]:
+        """The layer as compiled code knows it, its weights these; or their gradients, with 0 for what has none."""
+        found = (self._weights if gradients else self._layer).copy()
+        words = found.view(np.int64)
+        for name, tensor in tensors.items():
+            words[_FIRST_WEIGHT[name]] = tensor.data_ptr()
+        return found
 
     def places(self, names: tuple[str, ...], n: int) -> _Places:
         """Where each of `names` begins in an array that has all of them, for so many rows."""
@@ -138,95 +156,179 @@ class LayerPlan:
     def room(self, n: int) -> Tensor:
         """For all that a pass over so many rows keeps. Memory is used again once nobody has the tensor any more.
 
-        To get it from the system for every pass took a fifth of a small model's step: it comes page by page.
+        To get it from the system for every pass took a fifth of a small model's step: it comes page by page. What is
+        too small is given back, so that there are never more pieces than were in use at once.
         """
-        free = self._free.setdefault(n, [])
-        memory: Array = free.pop() if free else np.empty(self.places(kernels.KEPT, n).size, np.float32)
-        lent = memory[:]
-        finalize(lent, free.append, memory)
+        size = self.places(kernels.KEPT, n).size
+        if size > _MOST_HELD:
+            return torch.empty(size, dtype=torch.float32, device="cpu")
+        memory = self._free.pop() if self._free else None
+        if memory is None or memory.size < size:
+            memory = np.empty(size, np.float32)
+        lent = memory[:size]
+        finalize(lent, self._free.append, memory).atexit = False
         return torch.from_numpy(lent)
-
-
-def _state(known: Known) -> list[float]:
-    """Changes when a plan no longer holds: where the weights are, and the numbers."""
-    return [x.data_ptr() if isinstance(x, Tensor) else x for name, x in known.items() if name != "qk_gain"]
 
 
 class _Scratch(threading.local):
     """Memory that a pass needs while it runs; each thread has its own."""
 
-    buffer = torch.empty(0)
+    buffer = torch.empty(0, dtype=torch.float32, device="cpu")
 
-    def address(self, size: int) -> int:
-        if self.buffer.numel() < size:
-            self.buffer = torch.empty(size)
-        return self.buffer.data_ptr()
+    def room(self, size: int) -> Tensor:
+        """So many numbers, until the next call."""
+        buffer = self.buffer
+        if buffer.numel() < size:
+            buffer = torch.empty(size, dtype=torch.float32, device="cpu")
+            if size <= _MOST_HELD:
+                self.buffer = buffer
+        return buffer
 
 
 _scratch = _Scratch()
 
 
-class LayerPass(torch.autograd.Function):
-    """`apply(x, plan, rotations, threads, active, *before, *weights)`: the stream, the load, and the entries.
+def weights_of(block: Block) -> dict[str, Tensor]:
+    """A block's parameters by the names that compiled code has for them."""
+    found: dict[str, Tensor] = {name: w for name, w in known_of(block).items() if isinstance(w, nn.Parameter)}
+    if isinstance(block.attn, MLAttention):
+        found["kv_up"] = block.attn.kv_up.weight
+    return found
 
-    x and the new stream are (batch, seq, dim). Entries are keys and values, or latents; where `active` (batch, seq) is
-    False, they are those of `before`, if these are not None. The load is (parts, experts): slots of active positions.
-    Rotations are those of `ForwardContext`, the weights the plan's.
+
+def _state(block: Block, known: Known) -> list[Any]:
+    """Changes when a plan no longer holds."""
+    return [block.attn.window, *(x.shape if isinstance(x, Tensor) else x for x in known.values())]
+
+
+_plans: WeakKeyDictionary[Block, tuple[list[Any], LayerPlan]] = WeakKeyDictionary()
+
+
+def _plan(block: Block, known: Known) -> LayerPlan:
+    """The block's plan, made anew where the last one's does not hold any more."""
+    state, found = _state(block, known), _plans.get(block)
+    if found is None or found[0] != state:
+        found = _plans[block] = state, LayerPlan(block, known)
+    return found[1]
+
+
+class _Given(NamedTuple):
+    """What a pass of a layer is about, beside its input and its weights."""
+
+    plan: LayerPlan
+    constants: dict[str, Tensor]
+    """What the layer has beside its weights, by the names of compiled code."""
+    rotations: Array
+    threads: Threads
+    active: Tensor | None
+    before: tuple[Tensor, ...]
+    """Entries of the loop before, for what is not active; or none."""
+
+
+class WholeLayer:
+    """Computes what a `Block` does, for all positions of sequences without a past."""
+
+    def __init__(self, block: Block, threads: Threads) -> None:
+        """For one pass: its weights may change between passes only."""
+        known = known_of(block)
+        self._plan, self._threads, self._weights = _plan(block, known), threads, weights_of(block)
+        tensors = {name: x for name, x in known.items() if isinstance(x, Tensor)}
+        self._constants = {name: x for name, x in tensors.items() if name not in self._weights}
+
+    def __call__(
+        self, x: Tensor, context: ForwardContext, address: CacheAddress, active: Tensor | None = None
+    ) -> Tensor:
+        """(batch, seq, dim) to the same shape; `active` (batch, seq) marks positions that have not halted."""
+        plan, store, before = self._plan, context.store, {}
+        if active is not None:
+            assert active.shape == x.shape[:2], "what is read by its address must have its size"
+            assert active.dtype == torch.bool, "what is read by its address must have its size"
+            active = active.contiguous()
+            before = store.before(address) if address.loop > 0 else {}
+        old = tuple(tensor.contiguous() for tensor in before.values())
+        assert all(tensor.shape[:2] == x.shape[:2] for tensor in old), "what is read by its address must have its size"
+        given = _Given(plan, self._constants, context.rotations, self._threads, active, old)
+        if torch.is_grad_enabled():
+            out, load, *entries = _LayerPass.apply(given, x, *old, *self._weights.values())
+        else:
+            out, load, entries, _ = _forward(given, x.contiguous(), self._weights, keep=False)
+        store.extend(address, dict(zip(plan.entries, entries, strict=True)), None)
+        if context.expert_load is not None and plan.n_experts:
+            context.expert_load[address] = load.sum(0)
+        return out
+
+
+class _LayerPass(torch.autograd.Function):
+    """`apply(given, x, *before, *weights)`: the stream, the experts' load, and the entries.
+
+    x and the new stream are (batch, seq, dim); the load is (parts, experts), slots of active positions. `before` and
+    weights are those that are given and the block's, for PyTorch to see.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        plan: LayerPlan,
-        rotations: Array,
-        threads: Threads,
-        active: Tensor | None,
-        *before_and_weights: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        x, n_entries = x.contiguous(), len(plan.entries)
-        active = None if active is None else active.contiguous()
-        before = [None if b is None else b.contiguous() for b in before_and_weights[:n_entries]]
-        n = x.shape[0] * x.shape[1]
-        parts = min(threads.n, n)
-        kept = plan.room(n)
-        counted = torch.empty(2 * parts * plan.n_experts + n * plan.top_k, dtype=torch.int64)
-        y, entries = torch.empty_like(x), [x.new_empty(*x.shape[:2], *shape) for shape in plan.entries.values()]
-        given = {"y": y, **_numbered("entry", entries), **_numbered("before", before)}
-        with threads.lock:
-            kernels.forward(plan.table, _described(plan, kept, counted, rotations, parts, x, active, given))
-        ctx.save_for_backward(x, active, kept, counted, *entries, *before_and_weights[n_entries:])
-        ctx.plan, ctx.rotations, ctx.threads, ctx.parts = plan, rotations, threads, parts
-        ctx.has_before = bool(before) and before[0] is not None
+    def forward(ctx: Any, given: _Given, x: Tensor, *before_and_weights: Tensor) -> tuple[Tensor, ...]:
+        x, names = x.contiguous(), list(given.plan.names)
+        weights = dict(zip(names, before_and_weights[len(given.before) :], strict=True))
+        out, load, entries, kept = _forward(given, x, weights, keep=True)
+        ctx.save_for_backward(x, given.active, *kept, *entries, *weights.values())
+        ctx.given, ctx.parts = given._replace(active=None, before=()), len(load)
+        ctx.n_before = len(given.before)
         ctx.set_materialize_grads(False)
-        load = counted[parts * plan.n_experts + n * plan.top_k :].view(parts, plan.n_experts)
         ctx.mark_non_differentiable(load)
-        return y, load, *entries
+        return out, load, *entries
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor | None, _: Tensor | None, *dentries: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, active, kept, counted, *entries_and_weights = ctx.saved_tensors
-        plan, parts, n_entries = ctx.plan, ctx.parts, len(ctx.plan.entries)
-        entries, weights = entries_and_weights[:n_entries], entries_and_weights[n_entries:]
-        dy = torch.zeros_like(x) if dy is None else dy.contiguous()
-        dentries = tuple(None if grad is None else grad.contiguous() for grad in dentries)
-        dx, dbefore = torch.empty_like(x), [torch.empty_like(entry) if ctx.has_before else None for entry in entries]
-        dsink, gains = x.new_empty(x.shape[0], plan.sizes[0]), x.new_zeros(parts, plan.n_gains)
-        grads = {name: torch.empty_like(weight) for name, weight in zip(plan.weights, weights, strict=True)}
-        given = {"dx": dx, "dy": dy, "dsink": dsink, "gains": gains, **_numbered("entry", entries)}
-        given |= {**_numbered("dentry", dentries), **_numbered("dbefore", dbefore)}
-        described_grads = np.zeros(1, plan.table.dtype)
-        for name, grad in grads.items():
-            described_grads[name][0] = described(grad.view(plan.shapes[name]))
-        with ctx.threads.lock:
-            row = _described(plan, kept, counted, ctx.rotations, parts, x, active, given)
-            kernels.backward(plan.table, described_grads, row)
-        for name, grad in zip(plan.gains, gains.sum(0).split(list(plan.gains.values())), strict=True):
-            grads[name] = grad.view(plan.weights[name].shape)
+        given, parts = ctx.given, ctx.parts
+        plan, names = given.plan, list(given.plan.names)
+        x, active, kept, counted, *rest = ctx.saved_tensors
+        entries, weights = rest[: len(plan.entries)], dict(zip(names, rest[len(plan.entries) :], strict=True))
+        dx, dbefore = torch.empty_like(x), [torch.empty_like(entry) for entry in entries[: ctx.n_before]]
+        dsink, gains = x.new_empty(len(x), plan.n_heads), x.new_zeros(parts, plan.sizes["n_gains"])
+        grads = {name: torch.empty_like(weight) for name, weight in weights.items()}
+        tensors = {"x": x, "active": active, "dx": dx, "dsink": dsink, "gains": gains}
+        tensors["dy"] = torch.zeros_like(x) if dy is None else dy.contiguous()
+        tensors |= _numbered("entry", entries) | _numbered("dbefore", dbefore)
+        tensors |= _numbered("dentry", [None if grad is None else grad.contiguous() for grad in dentries])
+        layer = plan.described({**given.constants, **weights})
+        scratch = _scratch.room(plan.places(kernels.SCRATCH, _rows(x)).size)
+        row = _described(given, parts, kept, counted, scratch, tensors)
+        with given.threads.lock:
+            kernels.backward(layer, plan.described(grads, gradients=True), row)
+        start = 0
+        for name, size in plan.gains.items():
+            grads[name] = gains[0, start : start + size].view(weights[name].shape)
+            start += size
         if "sink" in grads:
-            grads["sink"] = dsink.sum(0)
-        return dx, None, None, None, None, *dbefore, *grads.values()
+            grads["sink"] = dsink[0]
+        return None, dx, *dbefore, *grads.values()
+
+
+def _forward(
+    given: _Given, x: Tensor, weights: Mapping[str, Tensor], *, keep: bool
+) -> tuple[Tensor, Tensor, list[Tensor], tuple[Tensor, Tensor]]:
+    """The stream, the load, the entries and, to `keep` or not, what the way back needs; x is contiguous."""
+    plan, n = given.plan, _rows(x)
+    parts = min(given.threads.n, n)
+    needed = plan.places(kernels.SCRATCH, n).size
+    kept_size = plan.places(kernels.KEPT, n).size
+    scratch = _scratch.room(needed if keep else needed + kept_size)
+    kept = plan.room(n) if keep else scratch[needed:]
+    n_ends = parts * plan.n_experts
+    counted = torch.empty(2 * n_ends + n * plan.top_k, dtype=torch.int64, device="cpu")
+    out, entries = torch.empty_like(x), [x.new_empty(*x.shape[:2], *shape) for shape in plan.entries.values()]
+    tensors = {"x": x, "y": out, "active": given.active}
+    tensors |= _numbered("entry", entries) | _numbered("before", given.before)
+    layer = plan.described({**given.constants, **weights})
+    row = _described(given, parts, kept, counted, scratch, tensors)
+    with given.threads.lock:
+        kernels.forward(layer, row)
+    return out, counted[n_ends + n * plan.top_k :].view(parts, plan.n_experts), entries, (kept, counted)
+
+
+def _rows(x: Tensor) -> int:
+    return x.shape[0] * x.shape[1]
 
 
 def _numbered(name: str, tensors: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
@@ -234,67 +336,33 @@ def _numbered(name: str, tensors: Sequence[Tensor | None]) -> dict[str, Tensor |
 
 
 def _described(
-    plan: LayerPlan,
-    kept: Tensor,
-    counted: Tensor,
-    rotations: Array,
-    parts: int,
-    x: Tensor,
-    active: Tensor | None,
-    given: dict[str, Tensor | None],
+    given: _Given, parts: int, kept: Tensor, counted: Tensor, scratch: Tensor, tensors: Mapping[str, Tensor | None]
 ) -> npt.NDArray[Any]:
-    """A pass as compiled code knows it; who calls keeps what is given."""
+    """A pass as compiled code knows it, with 0 for tensors that there are not; who calls keeps them."""
+    plan, x, rotations = given.plan, tensors["x"], given.rotations
+    assert x is not None
     batch, seq, _ = x.shape
-    n, loads = batch * seq, parts * plan.n_experts
-    row = np.zeros(1, kernels.PASS)
-    numbers = row.view(np.int64)
-    numbers[:_KEPT] = plan.places(kernels.KEPT, n).offsets + kept.data_ptr()
-    places = plan.places(kernels.SCRATCH, n)
-    numbers[_KEPT : _KEPT + _SCRATCH] = places.offsets + _scratch.address(places.size)
-    integers = counted.data_ptr()
-    first, last = _KEPT + _SCRATCH, _KEPT + _SCRATCH + _COUNTED
-    numbers[first:last] = integers, integers + 8 * loads, integers + 8 * (loads + n * plan.top_k)
-    given = {**given, "x": x, "active": active}
-    addresses = [0 if (tensor := given.get(name)) is None else tensor.data_ptr() for name in kernels.GIVEN]
-    window, width = plan.window or seq, rotations.shape[1]
-    numbers[last:] = [*addresses, rotations.ctypes.data, batch, seq, window, parts, *plan.sizes, width, plan.n_gains]
-    return row
-
-
-_plans: WeakKeyDictionary[Block, LayerPlan] = WeakKeyDictionary()
-
-
-def _plan(block: Block) -> LayerPlan:
-    """The block's plan, made anew where the last one's does not hold any more."""
-    known, plan = known_of(block), _plans.get(block)
-    if plan is None or plan.state != _state(known):
-        plan = _plans[block] = LayerPlan(block, known)
-    return plan
-
-
-class WholeLayer:
-    """Computes what a `Block` does, for all positions of sequences without a past."""
-
-    def __init__(self, plan: LayerPlan, threads: Threads) -> None:
-        self._plan, self._threads = plan, threads
-
-    @classmethod
-    def of(cls, block: Block, threads: Threads) -> WholeLayer:
-        """The layer's weights may change in place as long as this is used, and not move."""
-        return cls(_plan(block), threads)
-
-    def __call__(
-        self, x: Tensor, context: ForwardContext, address: CacheAddress, active: Tensor | None = None
-    ) -> Tensor:
-        """(batch, seq, dim) to the same shape; `active` (batch, seq) marks positions that have not halted."""
-        plan, store = self._plan, context.store
-        names = list(plan.entries)
-        before = store.before(address) if active is not None and address.loop > 0 else {}
-        befores = [before.get(name) for name in names]
-        out, load, *entries = LayerPass.apply(
-            x, plan, context.rotations, self._threads, active, *befores, *plan.weights.values()
-        )
-        store.extend(address, dict(zip(names, entries, strict=True)), None)
-        if context.expert_load is not None and plan.n_experts:
-            context.expert_load[address] = load.sum(0)
-        return out  # type: ignore[no-any-return]
+    n = batch * seq
+    found = np.zeros(len(_FIELDS), np.int64)
+    for names, memory in ((kernels.KEPT, kept), (kernels.SCRATCH, scratch)):
+        first = _FIELDS[names[0]]
+        found[first : first + len(names)] = plan.places(names, n).offsets + memory.data_ptr()
+    integers, n_ends = counted.data_ptr(), parts * plan.n_experts
+    numbers = {
+        "ends": integers,
+        "owners": integers + 8 * n_ends,
+        "loads": integers + 8 * (n_ends + n * plan.top_k),
+        "rotations": rotations.ctypes.data,
+        "rotary_width": rotations.shape[1],
+        "batch": batch,
+        "seq": seq,
+        "window": plan.window or seq,
+        "parts": parts,
+        **plan.sizes,
+    }
+    for name, number in numbers.items():
+        found[_FIELDS[name]] = number
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            found[_FIELDS[name]] = tensor.data_ptr()
+    return found.view(kernels.PASS)

@@ -446,6 +446,15 @@ def _weights_back(layers: Any, gradients: Any, passes: Any, part: int) -> None:
             across(_rows(p.expert_hidden, start, stop, width), drows, first, end, down[e], other > 0)
 
 
+@compiled
+def _sum_up(p: Any) -> None:
+    """Add up the gains' gradients of all parts and the sinks' of all sequences, to the first of each."""
+    for part in range(1, p.parts):
+        add_to(_gains(p, part, 0, p.n_gains), _gains(p, 0, 0, p.n_gains))
+    for b in range(1, p.batch):
+        add_to(_numbers(p.dsink, b * p.n_heads, (b + 1) * p.n_heads), _numbers(p.dsink, 0, p.n_heads))
+
+
 @parallel
 def forward(layers: Any, passes: Any) -> None:
     parts = passes[0].parts
@@ -468,3 +477,4 @@ def backward(layers: Any, grads: Any, passes: Any) -> None:
         _project_back(layers, passes, part)
     for part in prange(parts):
         _weights_back(layers, grads, passes, part)
+    _sum_up(passes[0])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from open_mythos.model.block import Block
 from open_mythos.model.cache import PassStore
@@ -31,12 +32,17 @@ class ManyRows:
         """What computes a block's output for x, its entries and its experts' load; None if the block has to.
 
         It has to where it is not known fully: not float32, not on a CPU, hooked or patched inside; where it drops out;
-        under autocast; where it is traced or more than a first derivative is wanted; and where there is a cache.
+        under autocast; where it is traced or another than a first reverse derivative is wanted; where there is a cache;
+        and where x does not fit, to say so.
         """
-        if torch.compiler.is_compiling() or x.dtype != torch.float32 or not x.is_cpu or elementary_only():
+        if torch.compiler.is_compiling() or elementary_only() or forward_ad._current_level >= 0:
             return None
-        drops_out = block.training and block.dropout.p > 0
-        if drops_out or type(context.store) is not PassStore or torch.is_autocast_enabled("cpu"):
+        if x.dtype != torch.float32 or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+            return None
+        expected = (context.n_new, block.attn_norm.weight.shape[0])
+        if x.dim() != 3 or x.shape[1:] != expected or not x.numel() or _drops_out(block):
+            return None
+        if type(context) is not ForwardContext or type(context.store) is not PassStore:
             return None
         if block not in self._found:
             self._found[block] = self._find(block)
@@ -52,4 +58,9 @@ class ManyRows:
 
         if self._threads is None:
             self._threads = Threads()
-        return WholeLayer.of(block, self._threads) if self._threads.use() else None
+        return WholeLayer(block, self._threads) if self._threads.use() else None
+
+
+def _drops_out(block: Block) -> bool:
+    between, within = block.dropout, block.attn
+    return (between.training and between.p > 0) or (within.training and within.config.dropout > 0)
