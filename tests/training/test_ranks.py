@@ -243,9 +243,10 @@ def _main(words: list[str]) -> None:
 def _told_once(ended: list[Finished]) -> str:
     """The only line of all ranks, which one of them ended with."""
     assert sorted(one.exit_code for one in ended)[-2:] == [0, 2]
-    (line,) = "".join(one.stderr for one in ended).splitlines()
+    lines = "".join(one.stderr for one in ended).splitlines()
+    assert len(lines) == 1, lines
     assert not any(one.stdout for one in ended)
-    return line
+    return lines[0]
 
 
 def test_a_batch_that_ranks_cannot_share_equally_is_refused(tmp_path: Path) -> None:
