@@ -1,164 +1,157 @@
 """The feed-forward of some rows: norm, router, experts; and the way back.
 
-Main entries: `feed`, `feed_back`.
+Main entries: `feed`, `feed_back`. A dense layer is a shared expert without others. Slots are sorted by expert within a
+part of the rows: expert e has those up to `ends[e]`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from open_mythos.model.few_rows.compiled import compiled
 from open_mythos.model.few_rows.feed_forward import dispatch
+from open_mythos.model.few_rows.layers import matrix_at, stack_at, vector_at
 from open_mythos.model.many_rows.pointwise import exp, normalise, normalise_again
 from open_mythos.model.many_rows.products import by, by_turned
+from open_mythos.model.many_rows.views import active_at, integers_at, numbers_at, rows_at, share_of
 from open_mythos.model.rows import Array, Rows
 
 
 @compiled
-def feed(
-    x: Array,
-    gain: Array,
-    eps: np.float32,
-    gate: Array,
-    up: Array,
-    down: Array,
-    router: Array,
-    bias: Array,
-    softmax: bool,
-    scale: np.float32,
-    expert_gate: Array,
-    expert_up: Array,
-    expert_down: Array,
-    scales: Array,
-    gates: Array,
-    ups: Array,
-    logits: Array,
-    ends: Rows,
-    owners: Rows,
-    factors: Array,
-    expert_gates: Array,
-    expert_ups: Array,
-    normed: Array,
-    hidden: Array,
-    rows: Array,
-    expert_hidden: Array,
-    out: Array,
-) -> None:
-    """Rows x (n, dim) to what the feed-forward makes of them, `out`, by way of all that `feed_back` needs and names.
-
-    Slots are sorted by expert: expert e has those up to `ends[e]`.
-    """
-    n, dim = x.shape
-    normalise(x, gain, eps, scales, normed)
-    if hidden.shape[1]:
+def feed(layer: Any, p: Any, part: int, x: Array, out: Array) -> None:
+    """What the feed-forward makes of this part's rows x (n, dim), to `out`; what the way back needs is kept."""
+    first, end = share_of(p.batch * p.seq, p, part)
+    normed = rows_at(p.ffn_normed, first, end, x.shape[1])
+    normalise(x, vector_at(layer.ffn_gain), layer.ffn_eps, numbers_at(p.ffn_scales, first, end), normed)
+    gate = stack_at(layer.gate)[0]
+    width = gate.shape[0]
+    if width:
+        gates, ups = rows_at(p.gates, first, end, width), rows_at(p.ups, first, end, width)
+        hidden = rows_at(p.hidden, first, end, width)
         by_turned(normed, gate, gates, False)
-        by_turned(normed, up, ups, False)
-        _swiglu(gates, ups, np.ones(n, np.float32), hidden)
-        by_turned(hidden, down, out, False)
+        by_turned(normed, stack_at(layer.up)[0], ups, False)
+        _swiglu(gates, ups, np.ones(end - first, np.float32), hidden)
+        by_turned(hidden, matrix_at(layer.ffn_down), out, False)
     else:
-        for i in range(n):
-            for j in range(dim):
-                out[i, j] = 0
-    if bias.size:
-        by_turned(normed, router, logits, False)
-        ends[:] = 0
-        dispatch(logits, bias, softmax, scale, ends, owners, factors)
-        _gather(normed, owners, rows)
-        start = 0
-        for e in range(bias.shape[0]):
-            stop = ends[e]
-            if start < stop:
-                by_turned(rows[start:stop], expert_gate[e], expert_gates[start:stop], False)
-                by_turned(rows[start:stop], expert_up[e], expert_ups[start:stop], False)
-            start = stop
-        _swiglu(expert_gates, expert_ups, factors, expert_hidden)
-        start = 0
-        for e in range(bias.shape[0]):
-            stop = ends[e]
-            if start < stop:
-                by(expert_hidden[start:stop], expert_down[e], rows[start:stop], False)
-            start = stop
-        _scatter_add(rows, owners, out)
+        for i in range(end - first):
+            out[i] = 0
+    if layer.top_k:
+        _add_experts(layer, p, part, normed, out)
 
 
 @compiled
-def feed_back(
-    x: Array,
-    gain: Array,
-    gate: Array,
-    up: Array,
-    down: Array,
-    router: Array,
-    softmax: bool,
-    scale: np.float32,
-    expert_gate: Array,
-    expert_up: Array,
-    expert_down: Array,
-    scales: Array,
-    gates: Array,
-    ups: Array,
-    logits: Array,
-    ends: Rows,
-    owners: Rows,
-    factors: Array,
-    expert_gates: Array,
-    expert_ups: Array,
-    grad: Array,
-    normed: Array,
-    hidden: Array,
-    dgates: Array,
-    dups: Array,
-    dlogits: Array,
-    rows: Array,
-    drows: Array,
-    expert_hidden: Array,
-    dhidden: Array,
-    dexpert_hidden: Array,
-    dexpert_gates: Array,
-    dexpert_ups: Array,
-    row_grads: Array,
-    dnormed: Array,
-) -> None:
-    """The gradients of what the products give, and of the norm's result, given that of `feed`'s `out`.
+def _slots(layer: Any, p: Any, part: int) -> tuple[int, int, Rows, Rows]:
+    """The first and last of this part's slots, where each expert's end, and whose they are, counted from the part's."""
+    (first, end), n_experts = share_of(p.batch * p.seq, p, part), vector_at(layer.router_bias).shape[0]
+    start, stop = first * layer.top_k, end * layer.top_k
+    ends = integers_at(p.ends, part * n_experts, (part + 1) * n_experts)
+    return start, stop, ends, integers_at(p.owners, start, stop)
 
-    What goes into the products is computed again: `normed`, `hidden`, and slot by slot `rows` and `expert_hidden`, with
-    `drows` the gradient of what the slot has given.
+
+@compiled
+def _add_experts(layer: Any, p: Any, part: int, normed: Array, out: Array) -> None:
+    first, end = share_of(p.batch * p.seq, p, part)
+    start, stop, ends, owners = _slots(layer, p, part)
+    gate, up, down = stack_at(layer.expert_gate), stack_at(layer.expert_up), stack_at(layer.expert_down)
+    bias, dim, width = vector_at(layer.router_bias), normed.shape[1], gate.shape[1]
+    logits, factors = rows_at(p.logits, first, end, bias.shape[0]), numbers_at(p.factors, start, stop)
+    by_turned(normed, matrix_at(layer.router), logits, False)
+    ends[:] = 0
+    dispatch(logits, bias, layer.is_softmax != 0, layer.expert_scale, ends, owners, factors)
+    _count(p, part, first, end, ends, owners)
+    rows, hidden = rows_at(p.rows, start, stop, dim), rows_at(p.expert_hidden, start, stop, width)
+    gates, ups = rows_at(p.expert_gates, start, stop, width), rows_at(p.expert_ups, start, stop, width)
+    _gather(normed, owners, rows)
+    begin = 0
+    for e in range(ends.shape[0]):
+        if begin < ends[e]:
+            by_turned(rows[begin : ends[e]], gate[e], gates[begin : ends[e]], False)
+            by_turned(rows[begin : ends[e]], up[e], ups[begin : ends[e]], False)
+        begin = ends[e]
+    _swiglu(gates, ups, factors, hidden)
+    begin = 0
+    for e in range(ends.shape[0]):
+        if begin < ends[e]:
+            by(hidden[begin : ends[e]], down[e], rows[begin : ends[e]], False)
+        begin = ends[e]
+    _scatter_add(rows, owners, out)
+
+
+@compiled
+def _count(p: Any, part: int, first: int, end: int, ends: Rows, owners: Rows) -> None:
+    """How many active slots each expert has in this part of the rows."""
+    n_experts = ends.shape[0]
+    loads, start = integers_at(p.loads, part * n_experts, (part + 1) * n_experts), 0
+    for e in range(n_experts):
+        loads[e] = ends[e] - start
+        if p.active:
+            active = active_at(p, first, end)
+            for r in range(start, ends[e]):
+                if not active[owners[r]]:
+                    loads[e] -= 1
+        start = ends[e]
+
+
+@compiled
+def feed_back(layer: Any, p: Any, part: int, x: Array, grad: Array, dnormed: Array) -> None:
+    """The gradient of what the norm gives, `dnormed`, given that of `feed`'s `out`.
+
+    What the matrices' gradients follow from is left in the pass: what goes into products, which is computed again, and
+    the gradients of what comes out.
     """
-    n, dim = x.shape
-    normalise_again(x, gain, scales, normed)
-    if hidden.shape[1]:
-        by(grad, down, dhidden, False)
-        _swiglu_back(gates, ups, np.ones(n, np.float32), dhidden, hidden, dgates, dups, np.empty(n, np.float32))
+    first, end = share_of(p.batch * p.seq, p, part)
+    normed = rows_at(p.ffn_normed, first, end, x.shape[1])
+    normalise_again(x, vector_at(layer.ffn_gain), numbers_at(p.ffn_scales, first, end), normed)
+    gate = stack_at(layer.gate)[0]
+    width = gate.shape[0]
+    if width:
+        gates, ups = rows_at(p.gates, first, end, width), rows_at(p.ups, first, end, width)
+        dgates, dups = rows_at(p.dgates, first, end, width), rows_at(p.dups, first, end, width)
+        hidden, dhidden = rows_at(p.hidden, first, end, width), rows_at(p.dhidden, first, end, width)
+        ones, nobodys = np.ones(end - first, np.float32), np.empty(end - first, np.float32)
+        by(grad, matrix_at(layer.ffn_down), dhidden, False)
+        _swiglu_back(gates, ups, ones, dhidden, hidden, dgates, dups, nobodys)
         by(dgates, gate, dnormed, False)
-        by(dups, up, dnormed, True)
+        by(dups, stack_at(layer.up)[0], dnormed, True)
     else:
-        for i in range(n):
-            for j in range(dim):
-                dnormed[i, j] = 0
-    n_slots, n_experts = owners.shape[0], ends.shape[0]
-    if n_experts:
-        _gather(normed, owners, rows)
-        _gather(grad, owners, drows)
-        dfactors = np.empty(n_slots, np.float32)
-        start = 0
-        for e in range(n_experts):
-            stop = ends[e]
-            if start < stop:
-                by_turned(drows[start:stop], expert_down[e], dexpert_hidden[start:stop], False)
-            start = stop
-        _swiglu_back(
-            expert_gates, expert_ups, factors, dexpert_hidden, expert_hidden, dexpert_gates, dexpert_ups, dfactors
-        )
-        start = 0
-        for e in range(n_experts):
-            stop = ends[e]
-            if start < stop:
-                by(dexpert_gates[start:stop], expert_gate[e], row_grads[start:stop], False)
-                by(dexpert_ups[start:stop], expert_up[e], row_grads[start:stop], True)
-            start = stop
-        _scatter_add(row_grads, owners, dnormed)
-        _route_back(logits, softmax, scale, ends, owners, factors, dfactors, dlogits)
-        by(dlogits, router, dnormed, True)
+        for i in range(end - first):
+            dnormed[i] = 0
+    if layer.top_k:
+        _add_experts_back(layer, p, part, normed, grad, dnormed)
+
+
+@compiled
+def _add_experts_back(layer: Any, p: Any, part: int, normed: Array, grad: Array, dnormed: Array) -> None:
+    first, end = share_of(p.batch * p.seq, p, part)
+    start, stop, ends, owners = _slots(layer, p, part)
+    gate, up, down = stack_at(layer.expert_gate), stack_at(layer.expert_up), stack_at(layer.expert_down)
+    n_experts, dim, width = ends.shape[0], normed.shape[1], gate.shape[1]
+    logits, dlogits = rows_at(p.logits, first, end, n_experts), rows_at(p.dlogits, first, end, n_experts)
+    factors, dfactors = numbers_at(p.factors, start, stop), np.empty(stop - start, np.float32)
+    rows, drows = rows_at(p.rows, start, stop, dim), rows_at(p.drows, start, stop, dim)
+    back = rows_at(p.row_grads, start, stop, dim)
+    gates, ups = rows_at(p.expert_gates, start, stop, width), rows_at(p.expert_ups, start, stop, width)
+    dgates, dups = rows_at(p.dexpert_gates, start, stop, width), rows_at(p.dexpert_ups, start, stop, width)
+    hidden, dhidden = rows_at(p.expert_hidden, start, stop, width), rows_at(p.dexpert_hidden, start, stop, width)
+    _gather(normed, owners, rows)
+    _gather(grad, owners, drows)
+    begin = 0
+    for e in range(n_experts):
+        if begin < ends[e]:
+            by_turned(drows[begin : ends[e]], down[e], dhidden[begin : ends[e]], False)
+        begin = ends[e]
+    _swiglu_back(gates, ups, factors, dhidden, hidden, dgates, dups, dfactors)
+    begin = 0
+    for e in range(n_experts):
+        if begin < ends[e]:
+            by(dgates[begin : ends[e]], gate[e], back[begin : ends[e]], False)
+            by(dups[begin : ends[e]], up[e], back[begin : ends[e]], True)
+        begin = ends[e]
+    _scatter_add(back, owners, dnormed)
+    _route_back(logits, layer.is_softmax != 0, layer.expert_scale, ends, owners, factors, dfactors, dlogits)
+    by(dlogits, matrix_at(layer.router), dnormed, True)
 
 
 @compiled

@@ -22,6 +22,7 @@ from open_mythos.model.few_rows.compiled import Threads
 from open_mythos.model.few_rows.layers import LAYER, Known, known_of
 from open_mythos.model.latent_attention import MLAttention
 from open_mythos.model.many_rows import layer as kernels
+from open_mythos.model.many_rows.views import KEPT, PASS, SCRATCH
 from open_mythos.model.rows import Array, as_dimensions
 
 _GAINS = ("attn_gain", "ffn_gain", "qk_gain", "q_gain", "kv_gain")
@@ -33,7 +34,7 @@ _ALIGNED = 16
 _MOST_HELD = 2**24
 """Numbers in a piece of memory that is held for the next pass; more is given back."""
 
-_FIELDS = {name: k for k, name in enumerate(kernels.PASS.names or ())}
+_FIELDS = {name: k for k, name in enumerate(PASS.names or ())}
 _FIRST_WEIGHT = {name: LAYER.fields[name][1] // 8 for name in LAYER.names if LAYER.fields[name][0].shape}  # type: ignore[index, union-attr]
 
 
@@ -118,8 +119,8 @@ class LayerPlan:
             "dexpert_ups": slots,
         }
         self._per_row = {
-            kernels.KEPT: np.array([kept[name] for name in kernels.KEPT]),
-            kernels.SCRATCH: np.array([scratch[name] for name in kernels.SCRATCH]),
+            KEPT: np.array([kept[name] for name in KEPT]),
+            SCRATCH: np.array([scratch[name] for name in SCRATCH]),
         }
         self._places: dict[tuple[tuple[str, ...], int], _Places] = {}
         self._free: list[Array] = []
@@ -159,7 +160,7 @@ class LayerPlan:
         To get it from the system for every pass took a fifth of a small model's step: it comes page by page. What is
         too small is given back, so that there are never more pieces than were in use at once.
         """
-        size = self.places(kernels.KEPT, n).size
+        size = self.places(KEPT, n).size
         if size > _MOST_HELD:
             return torch.empty(size, dtype=torch.float32, device="cpu")
         memory = self._free.pop() if self._free else None
@@ -292,7 +293,7 @@ class _LayerPass(torch.autograd.Function):
         tensors |= _numbered("entry", entries) | _numbered("dbefore", dbefore)
         tensors |= _numbered("dentry", [None if grad is None else grad.contiguous() for grad in dentries])
         layer = plan.described({**given.constants, **weights})
-        scratch = _scratch.room(plan.places(kernels.SCRATCH, _rows(x)).size)
+        scratch = _scratch.room(plan.places(SCRATCH, _rows(x)).size)
         row = _described(given, parts, kept, counted, scratch, tensors)
         with given.threads.lock:
             kernels.backward(layer, plan.described(grads, gradients=True), row)
@@ -311,8 +312,8 @@ def _forward(
     """The stream, the load, the entries and, to `keep` or not, what the way back needs; x is contiguous."""
     plan, n = given.plan, _rows(x)
     parts = min(given.threads.n, n)
-    needed = plan.places(kernels.SCRATCH, n).size
-    kept_size = plan.places(kernels.KEPT, n).size
+    needed = plan.places(SCRATCH, n).size
+    kept_size = plan.places(KEPT, n).size
     scratch = _scratch.room(needed if keep else needed + kept_size)
     kept = plan.room(n) if keep else scratch[needed:]
     n_ends = parts * plan.n_experts
@@ -344,7 +345,7 @@ def _described(
     batch, seq, _ = x.shape
     n = batch * seq
     found = np.zeros(len(_FIELDS), np.int64)
-    for names, memory in ((kernels.KEPT, kept), (kernels.SCRATCH, scratch)):
+    for names, memory in ((KEPT, kept), (SCRATCH, scratch)):
         first = _FIELDS[names[0]]
         found[first : first + len(names)] = plan.places(names, n).offsets + memory.data_ptr()
     integers, n_ends = counted.data_ptr(), parts * plan.n_experts
@@ -365,4 +366,4 @@ def _described(
     for name, tensor in tensors.items():
         if tensor is not None:
             found[_FIELDS[name]] = tensor.data_ptr()
-    return found.view(kernels.PASS)
+    return found.view(PASS)

@@ -1,0 +1,99 @@
+"""A pass over a layer as compiled code is given it: addresses and sizes, and arrays that lie there.
+
+Main entry: `PASS`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import carray, typeof  # type: ignore[attr-defined]
+
+from open_mythos.model.few_rows.compiled import compiled
+from open_mythos.model.few_rows.layers import LAYER, pointer
+from open_mythos.model.rows import Array, Rows
+
+KEPT = (
+    *("attn_scales", "raw", "q", "rebuilt_keys", "rebuilt_values", "mixed", "lse", "middle"),
+    *("ffn_scales", "gates", "ups", "logits", "factors", "expert_gates", "expert_ups"),
+)
+"""What the way back needs."""
+SCRATCH = (
+    *("normed", "dnormed", "draw", "dq", "dkeys", "dvalues", "dmixed"),
+    *("low", "dlow", "latents", "dlatents", "dkv", "dlatent"),
+    *("scaled_dmiddle", "dmiddle", "ffn_normed", "scaled_dy", "hidden", "dgates", "dups", "dlogits"),
+    *("dhidden", "rows", "drows", "row_grads", "expert_hidden", "dexpert_hidden", "dexpert_gates", "dexpert_ups"),
+)
+"""What is needed for a moment."""
+COUNTED = ("ends", "owners", "loads")
+"""Integers: where the slots of each part's experts end, whose they are, and how many of these are active."""
+GIVEN = (
+    *("x", "y", "entry_0", "entry_1", "before_0", "before_1", "active"),
+    *("dx", "dy", "dentry_0", "dentry_1", "dbefore_0", "dbefore_1", "dsink", "gains"),
+)
+"""Entries are keys and values, or latents and nothing; those of the loop before serve where a row is not active. What
+there is not has the address 0. Of gains, every part has a line, zeros before: both norms' of the layer, then those of
+attention's own."""
+SIZES = (
+    "rotations",
+    "batch",
+    "seq",
+    "window",
+    "parts",
+    "n_heads",
+    "n_kv",
+    "key_width",
+    "value_width",
+    "rotary_width",
+    "n_gains",
+)
+PASS = np.dtype([(name, np.int64) for name in (*KEPT, *SCRATCH, *COUNTED, *GIVEN, *SIZES)])
+"""Addresses and sizes of one pass."""
+LAYERS, PASSES = typeof(np.zeros(1, LAYER)), typeof(np.zeros(1, PASS))
+"""What a step is given: one of each."""
+
+
+@compiled
+def numbers_at(address: int, first: int, end: int) -> Array:
+    return carray(pointer(address + 4 * first), (end - first,), np.float32)
+
+
+@compiled
+def rows_at(address: int, first: int, end: int, width: int) -> Array:
+    """Rows `first` to `end` of a matrix that lies there."""
+    return carray(pointer(address + 4 * first * width), (end - first, width), np.float32)
+
+
+@compiled
+def heads_at(address: int, first: int, end: int, heads: int, width: int) -> Array:
+    return carray(pointer(address + 4 * first * heads * width), (end - first, heads, width), np.float32)
+
+
+@compiled
+def integers_at(address: int, first: int, end: int) -> Rows:
+    return carray(pointer(address + 8 * first), (end - first,), np.int64)
+
+
+@compiled
+def share_of(n: int, p: Any, part: int) -> tuple[int, int]:
+    return n * part // p.parts, n * (part + 1) // p.parts
+
+
+@compiled
+def keys_and_values(layer: Any, p: Any) -> tuple[int, int]:
+    if layer.is_latent:
+        return p.rebuilt_keys, p.rebuilt_values
+    return p.entry_0, p.entry_1
+
+
+@compiled
+def gains_of(p: Any, part: int, first: int, n: int) -> Array:
+    start = part * p.n_gains + first
+    return numbers_at(p.gains, start, start + n)
+
+
+@compiled
+def active_at(p: Any, first: int, end: int) -> npt.NDArray[np.uint8]:
+    return carray(pointer(p.active + first), (end - first,), np.uint8)
