@@ -13,7 +13,7 @@ from open_mythos.model.rows import Array
 
 @compiled
 def exp(x: np.float32) -> np.float32:
-    """`exp(x)` to one unit in the last place, in a form that becomes vector instructions; 0 below -87.
+    """`exp(x)` to about one unit in the last place, from 1e-38 to 2e38, in a form that becomes vector instructions.
 
     The polynomial is that of Cephes (Moshier 1989), `expf`.
     """

@@ -26,7 +26,7 @@ SCRATCH = (
     *("scaled_dmiddle", "dmiddle", "ffn_normed", "scaled_dy", "hidden", "dgates", "dups", "dlogits"),
     *("dhidden", "rows", "drows", "row_grads", "expert_hidden", "dexpert_hidden", "dexpert_gates", "dexpert_ups"),
 )
-"""What is needed for a moment."""
+"""What is needed for a moment. On the way there, `dkv` has the keys and values of latents themselves."""
 COUNTED = ("ends", "owners", "loads")
 """Integers: where the slots of each part's experts end, whose they are, and how many of these are active."""
 GIVEN = (
