@@ -68,7 +68,7 @@ class LayerPlan:
         shared = known["gate"].shape[0] if "gate" in known else 0
         n_experts, expert_width, _ = known["expert_gate"].shape if "expert_gate" in known else (0, 0, 0)
         top_k = known.get("top_k", 0)
-        self.dim, self.n_experts, self.top_k, self.n_heads = dim, int(n_experts), int(top_k), n_heads
+        self.n_experts, self.top_k = int(n_experts), int(top_k)
         slots = top_k * expert_width
         kept = {
             "attn_scales": 1,
@@ -124,7 +124,7 @@ class LayerPlan:
         }
         self._places: dict[tuple[tuple[str, ...], int], _Places] = {}
         self._free: list[Array] = []
-        names = self.names = tuple(weights_of(block))
+        names = self.names = tuple(weights_of(block, known))
         """Of the weights, in the order in which passes are given them."""
         self.gains = {name: known[name].numel() for name in _GAINS if name in names}
         self.sizes = {"n_heads": n_heads, "n_kv": n_kv, "key_width": key_width, "value_width": value_width}
@@ -189,9 +189,9 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def weights_of(block: Block) -> dict[str, Tensor]:
+def weights_of(block: Block, known: Known) -> dict[str, Tensor]:
     """A block's parameters by the names that compiled code has for them."""
-    found: dict[str, Tensor] = {name: w for name, w in known_of(block).items() if isinstance(w, nn.Parameter)}
+    found: dict[str, Tensor] = {name: w for name, w in known.items() if isinstance(w, nn.Parameter)}
     if isinstance(block.attn, MLAttention):
         found["kv_up"] = block.attn.kv_up.weight
     return found
@@ -232,7 +232,7 @@ class WholeLayer:
     def __init__(self, block: Block, threads: Threads) -> None:
         """For one pass: its weights may change between passes only."""
         known = known_of(block)
-        self._plan, self._threads, self._weights = _plan(block, known), threads, weights_of(block)
+        self._plan, self._threads, self._weights = _plan(block, known), threads, weights_of(block, known)
         tensors = {name: x for name, x in known.items() if isinstance(x, Tensor)}
         self._constants = {name: x for name, x in tensors.items() if name not in self._weights}
 
@@ -286,7 +286,7 @@ class _LayerPass(torch.autograd.Function):
         x, active, kept, counted, *rest = ctx.saved_tensors
         entries, weights = rest[: len(plan.entries)], dict(zip(names, rest[len(plan.entries) :], strict=True))
         dx, dbefore = torch.empty_like(x), [torch.empty_like(entry) for entry in entries[: ctx.n_before]]
-        dsink, gains = x.new_empty(len(x), plan.n_heads), x.new_zeros(parts, plan.sizes["n_gains"])
+        dsink, gains = x.new_empty(len(x), plan.sizes["n_heads"]), x.new_zeros(parts, plan.sizes["n_gains"])
         grads = {name: torch.empty_like(weight) for name, weight in weights.items()}
         tensors = {"x": x, "active": active, "dx": dx, "dsink": dsink, "gains": gains}
         tensors["dy"] = torch.zeros_like(x) if dy is None else dy.contiguous()

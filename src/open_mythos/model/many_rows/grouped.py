@@ -9,13 +9,15 @@ import numpy as np
 
 from open_mythos.model.few_rows.compiled import compiled
 from open_mythos.model.many_rows.pointwise import (
+    BACK,
+    THERE,
     copied,
     normalise,
     normalise_again,
     rotated,
-    rotated_back,
     row_back,
     scale_of,
+    scale_row,
 )
 from open_mythos.model.many_rows.products import by, by_turned
 from open_mythos.model.rows import Array
@@ -52,9 +54,8 @@ def project(
             source, own = heads[i, h], qk_gain[h]
             target = q[i, h] if h < n_heads else k[i, h - n_heads]
             scale = scale_of(source, eps) if normed_heads else np.float32(1)
-            for j in range(source.shape[0]):
-                target[j] = source[j] * scale * own[j]
-            rotated(target, rotation)
+            scale_row(source, scale, own, target)
+            rotated(target, rotation, THERE)
         for h in range(n_kv):
             copied(heads[i, n_heads + n_kv + h], v[i, h])
 
@@ -88,7 +89,7 @@ def project_back(
         rotation = rotations[(first + i) % rotations.shape[0]]
         for h in range(n_heads + n_kv):
             grad = dq[i, h] if h < n_heads else dk[i, h - n_heads]
-            rotated_back(grad, rotation)
+            rotated(grad, rotation, BACK)
             if normed_heads:
                 row_back(heads[i, h], qk_gain[h], scale_of(heads[i, h], eps), grad, to[i, h], dqk_gain[h])
             else:

@@ -9,14 +9,16 @@ import numpy as np
 
 from open_mythos.model.few_rows.compiled import compiled
 from open_mythos.model.many_rows.pointwise import (
+    BACK,
+    THERE,
     add_to,
     copied,
     normalise,
     normalise_again,
     rotated,
-    rotated_back,
     row_back,
     scale_of,
+    scale_row,
 )
 from open_mythos.model.many_rows.products import by, by_turned
 from open_mythos.model.rows import Array
@@ -55,23 +57,19 @@ def project(
     for i in range(n):
         rotation = rotations[(first + i) % rotations.shape[0]]
         for h in range(q.shape[1]):
-            rotated(q[i, h][nope:], rotation)
+            rotated(q[i, h][nope:], rotation, THERE)
         row, to = raw[i], latent[i]
         own = row[q_rank : q_rank + rank]
-        scale = scale_of(own, eps)
-        for j in range(rank):
-            to[j] = own[j] * scale * kv_gain[j]
+        scale_row(own, scale_of(own, eps), kv_gain, to[:rank])
         copied(row[q_rank + rank :], to[rank:])
-        rotated(to[rank:], rotation)
+        rotated(to[rank:], rotation, THERE)
 
 
 @compiled
 def _normed_queries(raw: Array, q_gain: Array, eps: np.float32, out: Array) -> None:
     for i in range(out.shape[0]):
-        row, to = raw[i][: q_gain.shape[0]], out[i]
-        scale = scale_of(row, eps)
-        for j in range(row.shape[0]):
-            to[j] = row[j] * scale * q_gain[j]
+        row = raw[i][: q_gain.shape[0]]
+        scale_row(row, scale_of(row, eps), q_gain, out[i])
 
 
 @compiled
@@ -149,13 +147,13 @@ def project_back(
     for i in range(n):
         rotation = rotations[(first + i) % rotations.shape[0]]
         for h in range(dq.shape[1]):
-            rotated_back(dq[i, h][nope:], rotation)
+            rotated(dq[i, h][nope:], rotation, BACK)
     by(dq.reshape(n, q_up.shape[0]), q_up, dlow, False)
     for i in range(n):
         row, to, grad = raw[i], draw[i], dlatent[i]
         row_back(row[:q_rank], q_gain, scale_of(row[:q_rank], eps), dlow[i], to[:q_rank], dq_gain)
         own = row[q_rank : q_rank + rank]
         row_back(own, kv_gain, scale_of(own, eps), grad[:rank], to[q_rank : q_rank + rank], dkv_gain)
-        rotated_back(grad[rank:], rotations[(first + i) % rotations.shape[0]])
+        rotated(grad[rank:], rotations[(first + i) % rotations.shape[0]], BACK)
         copied(grad[rank:], to[q_rank + rank :])
     by(draw, down, dnormed, False)

@@ -92,41 +92,46 @@ def _keep_halted_back(p: Any, first: int, end: int, given: int, before: int, gra
                 grad[i] = 0
 
 
+@compiled
+def _of_item(layer: Any, p: Any, item: int) -> tuple[int, int, Array, Array, Array, Array, Array]:
+    """A sequence and a key head: its first row, the head, and the sequence's q, k, v, result and log-sum-exps."""
+    b, head = item // p.n_kv, item % p.n_kv
+    first, end = b * p.seq, (b + 1) * p.seq
+    keys, values = keys_and_values(layer, p)
+    q, k = heads_at(p.q, first, end, p.n_heads, p.key_width), heads_at(keys, first, end, p.n_kv, p.key_width)
+    v, mixed = (
+        heads_at(values, first, end, p.n_kv, p.value_width),
+        heads_at(p.mixed, first, end, p.n_heads, p.value_width),
+    )
+    return first, head, q, k, v, mixed, rows_at(p.lse, b * p.n_heads, (b + 1) * p.n_heads, p.seq)
+
+
 @shared(LAYERS, PASSES, "int64")
 def _attend(layers: Any, passes: Any, part: int) -> None:
     layer, p = layers[0], passes[0]
-    sink, (keys, values) = vector_at(layer.sink), keys_and_values(layer, p)
     first_item, last_item = share_of(p.batch * p.n_kv, p, part)
     for item in range(first_item, last_item):
-        b, head = item // p.n_kv, item % p.n_kv
-        first, end = b * p.seq, (b + 1) * p.seq
-        q, mixed = (
-            heads_at(p.q, first, end, p.n_heads, p.key_width),
-            heads_at(p.mixed, first, end, p.n_heads, p.value_width),
-        )
-        k, v = heads_at(keys, first, end, p.n_kv, p.key_width), heads_at(values, first, end, p.n_kv, p.value_width)
-        lse = rows_at(p.lse, b * p.n_heads, (b + 1) * p.n_heads, p.seq)
-        attend(q, k, v, head, p.window, layer.attn_scale, sink, mixed, lse)
+        _, head, q, k, v, mixed, lse = _of_item(layer, p, item)
+        attend(q, k, v, head, p.window, layer.attn_scale, vector_at(layer.sink), mixed, lse)
 
 
 @shared(LAYERS, PASSES, "int64")
 def _attend_back(layers: Any, passes: Any, part: int) -> None:
     layer, p = layers[0], passes[0]
-    sink, (keys, values) = vector_at(layer.sink), keys_and_values(layer, p)
     first_item, last_item = share_of(p.batch * p.n_kv, p, part)
     for item in range(first_item, last_item):
-        b, head = item // p.n_kv, item % p.n_kv
-        first, end = b * p.seq, (b + 1) * p.seq
+        first, head, q, k, v, mixed, lse = _of_item(layer, p, item)
+        end, b = first + p.seq, item // p.n_kv
         attend_back(
-            heads_at(p.q, first, end, p.n_heads, p.key_width),
-            heads_at(keys, first, end, p.n_kv, p.key_width),
-            heads_at(values, first, end, p.n_kv, p.value_width),
+            q,
+            k,
+            v,
             head,
             p.window,
             layer.attn_scale,
-            sink,
-            heads_at(p.mixed, first, end, p.n_heads, p.value_width),
-            rows_at(p.lse, b * p.n_heads, (b + 1) * p.n_heads, p.seq),
+            vector_at(layer.sink),
+            mixed,
+            lse,
             heads_at(p.dmixed, first, end, p.n_heads, p.value_width),
             heads_at(p.dq, first, end, p.n_heads, p.key_width),
             heads_at(p.dkeys, first, end, p.n_kv, p.key_width),

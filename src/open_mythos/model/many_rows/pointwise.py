@@ -52,9 +52,14 @@ def normalise(x: Array, gain: Array, eps: np.float32, scales: Array, out: Array)
 def normalise_again(x: Array, gain: Array, scales: Array, out: Array) -> None:
     """The same, the scales being known."""
     for i in range(x.shape[0]):
-        row, to, scale = x[i], out[i], scales[i]
-        for j in range(row.shape[0]):
-            to[j] = row[j] * scale * gain[j]
+        scale_row(x[i], scales[i], gain, out[i])
+
+
+@compiled
+def scale_row(row: Array, scale: np.float32, gain: Array, out: Array) -> None:
+    """`out = row * scale * gain`, all (n,)."""
+    for j in range(row.shape[0]):
+        out[j] = row[j] * scale * gain[j]
 
 
 @compiled
@@ -86,28 +91,21 @@ def row_back(row: Array, gain: Array, scale: np.float32, grad: Array, out: Array
 
 
 @compiled
-def rotated(x: Array, rotation: Array) -> None:
+def rotated(x: Array, rotation: Array, sign: np.float32) -> None:
     """Rotate x (dim,) in place, channels i and i + dim/2 paired, by the cosines and then sines `rotation` (dim,).
 
-    (0,) for none.
+    A rotation (0,) is none; with the sign -1, x is rotated back.
     """
     half = rotation.shape[0] // 2
     a, b, cos, sin = x[:half], x[half:], rotation[:half], rotation[half:]
     for i in range(half):
-        low, high = a[i], b[i]
-        a[i] = low * cos[i] - high * sin[i]
-        b[i] = high * cos[i] + low * sin[i]
+        low, high, sine = a[i], b[i], sign * sin[i]
+        a[i] = low * cos[i] - high * sine
+        b[i] = high * cos[i] + low * sine
 
 
-@compiled
-def rotated_back(x: Array, rotation: Array) -> None:
-    """The other way round."""
-    half = rotation.shape[0] // 2
-    a, b, cos, sin = x[:half], x[half:], rotation[:half], rotation[half:]
-    for i in range(half):
-        low, high = a[i], b[i]
-        a[i] = low * cos[i] + high * sin[i]
-        b[i] = high * cos[i] - low * sin[i]
+THERE, BACK = np.float32(1), np.float32(-1)
+"""Signs of rotations."""
 
 
 @compiled
