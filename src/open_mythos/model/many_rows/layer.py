@@ -19,7 +19,15 @@ from open_mythos.model.many_rows.grouped import project_back as project_grouped_
 from open_mythos.model.many_rows.latent import project as project_latent
 from open_mythos.model.many_rows.latent import project_back as project_latent_back
 from open_mythos.model.many_rows.latent import rebuild, rebuild_back
-from open_mythos.model.many_rows.pointwise import add_residual, add_to, copied, normalise_back, scaled
+from open_mythos.model.many_rows.pointwise import (
+    add_residual,
+    add_to,
+    copied,
+    normalise,
+    normalise_again,
+    normalise_back,
+    scaled,
+)
 from open_mythos.model.many_rows.products import across, by, by_turned
 from open_mythos.model.many_rows.views import (
     LAYERS,
@@ -40,28 +48,15 @@ from open_mythos.model.rows import Array
 def _project(layers: Any, passes: Any, part: int) -> None:
     layer, p = layers[0], passes[0]
     first, end = share_of(p.batch * p.seq, p, part)
-    gain, rotations = vector_at(layer.attn_gain), rows_at(p.rotations, 0, p.seq, p.rotary_width)
-    x, scales = rows_at(p.x, first, end, gain.shape[0]), numbers_at(p.attn_scales, first, end)
-    normed = rows_at(p.normed, first, end, gain.shape[0])
-    q = heads_at(p.q, first, end, p.n_heads, p.key_width)
+    gain = vector_at(layer.attn_gain)
+    x, normed = rows_at(p.x, first, end, gain.shape[0]), rows_at(p.normed, first, end, gain.shape[0])
+    normalise(x, gain, layer.attn_eps, numbers_at(p.attn_scales, first, end), normed)
     if layer.is_latent:
-        down, q_gain, kv_gain = matrix_at(layer.down), vector_at(layer.q_gain), vector_at(layer.kv_gain)
-        width = down.shape[0] - q_gain.shape[0]
-        raw, latent = rows_at(p.raw, first, end, down.shape[0]), rows_at(p.entry_0, first, end, width)
-        q_up, eps, low = matrix_at(layer.q_up), layer.attn_eps, rows_at(p.low, first, end, q_gain.shape[0])
-        project_latent(x, gain, eps, down, q_gain, q_up, kv_gain, rotations, first, scales, normed, raw, low, q, latent)
-        _keep_halted(p, first, end, p.before_0, latent)
-        k = heads_at(p.rebuilt_keys, first, end, p.n_kv, p.key_width)
-        kv_up, v = stack_at(layer.kv_up), heads_at(p.rebuilt_values, first, end, p.n_kv, p.value_width)
-        kv = rows_at(p.dkv, first, end, kv_up.shape[0] * kv_up.shape[1])
-        rebuild(latent, kv_up, rows_at(p.latents, first, end, kv_gain.shape[0]), kv, k, v)
+        project_latent(layer, p, part, normed)
+        _keep_halted(p, first, end, p.before_0, rows_at(p.entry_0, first, end, layer.down[2] - layer.q_gain[3]))
+        rebuild(layer, p, part)
     else:
-        qkv, qk_gain, normed_heads = matrix_at(layer.qkv), matrix_at(layer.qk_gain), layer.has_normed_heads != 0
-        raw = rows_at(p.raw, first, end, qkv.shape[0])
-        k = heads_at(p.entry_0, first, end, p.n_kv, p.key_width)
-        v = heads_at(p.entry_1, first, end, p.n_kv, p.value_width)
-        eps = layer.attn_eps
-        project_grouped(x, gain, eps, qkv, normed_heads, qk_gain, rotations, first, scales, normed, raw, q, k, v)
+        project_grouped(layer, p, part, normed)
         _keep_halted(p, first, end, p.before_0, rows_at(p.entry_0, first, end, p.n_kv * p.key_width))
         _keep_halted(p, first, end, p.before_1, rows_at(p.entry_1, first, end, p.n_kv * p.value_width))
 
@@ -144,72 +139,22 @@ def _attend_back(layers: Any, passes: Any, part: int) -> None:
 def _project_back(layers: Any, passes: Any, part: int) -> None:
     layer, p = layers[0], passes[0]
     first, end = share_of(p.batch * p.seq, p, part)
-    gain, rotations = vector_at(layer.attn_gain), rows_at(p.rotations, 0, p.seq, p.rotary_width)
-    dim, eps = gain.shape[0], layer.attn_eps
+    gain = vector_at(layer.attn_gain)
+    dim = gain.shape[0]
     x, scales = rows_at(p.x, first, end, dim), numbers_at(p.attn_scales, first, end)
-    normed, dnormed = rows_at(p.normed, first, end, dim), rows_at(p.dnormed, first, end, dim)
-    dq = heads_at(p.dq, first, end, p.n_heads, p.key_width)
-    dk, dv = heads_at(p.dkeys, first, end, p.n_kv, p.key_width), heads_at(p.dvalues, first, end, p.n_kv, p.value_width)
-    inner = 2 * dim
+    dnormed = rows_at(p.dnormed, first, end, dim)
+    normalise_again(x, gain, scales, rows_at(p.normed, first, end, dim))  # for the matrix's gradient
     if layer.is_latent:
-        down, q_up, kv_up = matrix_at(layer.down), matrix_at(layer.q_up), stack_at(layer.kv_up)
-        q_gain, kv_gain = vector_at(layer.q_gain), vector_at(layer.kv_gain)
-        rank, q_rank = kv_gain.shape[0], q_gain.shape[0]
-        latent, dlatent = (
-            rows_at(p.entry_0, first, end, down.shape[0] - q_rank),
-            rows_at(p.dlatent, first, end, down.shape[0] - q_rank),
-        )
-        dkv = rows_at(p.dkv, first, end, kv_up.shape[0] * kv_up.shape[1])
-        low = rows_at(p.dlatents, first, end, rank)
-        rebuild_back(latent, kv_up, dk, dv, rows_at(p.latents, first, end, rank), dkv, low, dlatent)
-        _keep_halted_back(p, first, end, p.dentry_0, p.dbefore_0, dlatent)
-        project_latent_back(
-            x,
-            gain,
-            eps,
-            down,
-            q_gain,
-            q_up,
-            kv_gain,
-            rotations,
-            first,
-            scales,
-            rows_at(p.raw, first, end, down.shape[0]),
-            dq,
-            dlatent,
-            normed,
-            rows_at(p.low, first, end, q_rank),
-            rows_at(p.dlow, first, end, q_rank),
-            rows_at(p.draw, first, end, down.shape[0]),
-            dnormed,
-            gains_of(p, part, inner, q_rank),
-            gains_of(p, part, inner + q_rank, rank),
-        )
+        rebuild_back(layer, p, part)
+        latent = rows_at(p.dlatent, first, end, layer.down[2] - layer.q_gain[3])
+        _keep_halted_back(p, first, end, p.dentry_0, p.dbefore_0, latent)
+        project_latent_back(layer, p, part, dnormed)
     else:
-        qkv, qk_gain = matrix_at(layer.qkv), matrix_at(layer.qk_gain)
-        _keep_halted_back(p, first, end, p.dentry_0, p.dbefore_0, rows_at(p.dkeys, first, end, p.n_kv * p.key_width))
-        _keep_halted_back(
-            p, first, end, p.dentry_1, p.dbefore_1, rows_at(p.dvalues, first, end, p.n_kv * p.value_width)
-        )
-        project_grouped_back(
-            x,
-            gain,
-            eps,
-            qkv,
-            layer.has_normed_heads != 0,
-            qk_gain,
-            rotations,
-            first,
-            scales,
-            rows_at(p.raw, first, end, qkv.shape[0]),
-            dq,
-            dk,
-            dv,
-            normed,
-            rows_at(p.draw, first, end, qkv.shape[0]),
-            dnormed,
-            gains_of(p, part, inner, qk_gain.size).reshape(qk_gain.shape),
-        )
+        keys = rows_at(p.dkeys, first, end, p.n_kv * p.key_width)
+        values = rows_at(p.dvalues, first, end, p.n_kv * p.value_width)
+        _keep_halted_back(p, first, end, p.dentry_0, p.dbefore_0, keys)
+        _keep_halted_back(p, first, end, p.dentry_1, p.dbefore_1, values)
+        project_grouped_back(layer, p, part, dnormed)
     straight, dx = rows_at(p.dmiddle, first, end, dim), rows_at(p.dx, first, end, dim)
     normalise_back(x, gain, scales, dnormed, straight, dx, gains_of(p, part, 0, dim))
 

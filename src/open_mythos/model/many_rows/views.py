@@ -97,3 +97,10 @@ def gains_of(p: Any, part: int, first: int, n: int) -> Array:
 @compiled
 def active_at(p: Any, first: int, end: int) -> npt.NDArray[np.uint8]:
     return carray(pointer(p.active + first), (end - first,), np.uint8)
+
+
+@compiled
+def rotation_of(p: Any, row: int) -> Array:
+    """Cosines and sines of a row's position, (dim,); (0,) without rotary positions."""
+    position = row % p.seq
+    return numbers_at(p.rotations, position * p.rotary_width, (position + 1) * p.rotary_width)
