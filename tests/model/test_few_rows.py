@@ -96,13 +96,13 @@ def test_the_models_here_halt_at_different_loops() -> None:
 
 def _count_calls(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     calls: list[None] = []
-    original = FewRowsBlocks.add_to
+    original = FewRowsBlocks.given
 
-    def counted(self: FewRowsBlocks, *arguments: Any) -> None:
+    def counted(self: FewRowsBlocks, *arguments: Any) -> tuple[Any, ...]:
         calls.append(None)
-        original(self, *arguments)
+        return original(self, *arguments)
 
-    monkeypatch.setattr(FewRowsBlocks, "add_to", counted)
+    monkeypatch.setattr(FewRowsBlocks, "given", counted)
     return calls
 
 

@@ -17,8 +17,9 @@ from open_mythos.model.rows import Rows, Seen, described
 class _Slot:
     """Entries (batch, capacity, width) or (heads, batch, capacity, width) of one address, `filled` of them written."""
 
-    def __init__(self, entries: Entries) -> None:
-        self.entries, self.filled = entries, 0
+    def __init__(self, entries: Entries, before: _Slot | None) -> None:
+        """`before` is the slot of the loop before; the first has none."""
+        self.entries, self.filled, self._before = entries, 0, before
 
     @property
     def described(self) -> list[tuple[int, ...]]:
@@ -26,10 +27,13 @@ class _Slot:
         tensors = self.entries.values()
         return [described(x.view(-1, x.shape[-3] * x.shape[-2], x.shape[-1])) for x in tensors]
 
-    def copy(self, other: _Slot, positions: slice) -> None:
-        """Take the entries of some positions from another slot."""
-        for name, tensor in self.entries.items():
-            tensor[..., positions, :] = other.entries[name][..., positions, :]
+    def catch_up(self, length: int) -> None:
+        """Positions up to `length` that never reached this loop take the entries of the loop before."""
+        if self.filled < length:
+            assert self._before is not None, "every position runs the first loop"
+            for name, tensor in self.entries.items():
+                tensor[..., self.filled : length, :] = self._before.entries[name][..., self.filled : length, :]
+            self.filled = length
 
     def seen(self, positions: slice) -> Entries:
         """Entries of some positions, (batch, positions, ...)."""
@@ -48,7 +52,7 @@ class SequenceStore:
         self._shapes = config.cache_widths
         self._batch, self._capacity, self._like = batch, capacity, like
         self._slots: dict[CacheAddress, _Slot] = {}
-        self._described: dict[tuple[CacheAddress, int], Rows] = {}
+        self._stages: dict[tuple[CacheAddress, int], tuple[list[_Slot], Rows]] = {}
         self._rows: dict[tuple[int, int | None], tuple[Rows, Rows]] = {}
         self._firsts, self._places = np.arange(batch)[:, None] * capacity, np.arange(capacity)
         self.length = 0
@@ -76,12 +80,14 @@ class SequenceStore:
 
         For some layers, of which the first has the address `first`. All positions of the first sequence come first.
         """
-        slots = [self._slot(first._replace(layer=first.layer + k)) for k in range(n_layers)]
+        if (first, n_layers) not in self._stages:
+            slots = [self._slot(first._replace(layer=first.layer + k)) for k in range(n_layers)]
+            self._stages[first, n_layers] = slots, np.array([slot.described for slot in slots])
+        slots, entries = self._stages[first, n_layers]
         for slot in slots:
+            slot.catch_up(self.length)
             slot.filled = self.length + n_new
-        if (first, n_layers) not in self._described:
-            self._described[first, n_layers] = np.array([slot.described for slot in slots])
-        return Seen(self._described[first, n_layers], *self._rows_seen(n_new, window))
+        return Seen(entries, *self._rows_seen(n_new, window))
 
     def _rows_seen(self, n_new: int, window: int | None) -> tuple[Rows, Rows]:
         """Where the positions lie that each new one sees, and how many they are; what is behind them has no meaning."""
@@ -101,14 +107,14 @@ class SequenceStore:
         self._rows = {}
 
     def _slot(self, address: CacheAddress) -> _Slot:
-        """The address's slot; positions that never reached this loop take the entries of the loop before."""
+        """The address's slot, with all positions of the past."""
         slot = self._slots.get(address)
         if slot is None:
             shapes = {name: (*s[:-1], self._batch, self._capacity, s[-1]) for name, s in self._shapes.items()}
-            slot = self._slots[address] = _Slot({name: self._like.new_empty(shape) for name, shape in shapes.items()})
-        if slot.filled < self.length:
-            slot.copy(self._slots[address._replace(loop=address.loop - 1)], slice(slot.filled, self.length))
-            slot.filled = self.length
+            entries = {name: self._like.new_empty(shape) for name, shape in shapes.items()}
+            before = self._slots[address._replace(loop=address.loop - 1)] if address.loop else None
+            slot = self._slots[address] = _Slot(entries, before)
+        slot.catch_up(self.length)
         return slot
 
 

@@ -6,15 +6,16 @@ Main entry: `FewRowsBlocks`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from open_mythos.model.cache import CacheAddress
 from open_mythos.model.context import ForwardContext
-from open_mythos.model.few_rows.compiled import Threads
+from open_mythos.model.few_rows.compiled import Threads, compiled
 from open_mythos.model.few_rows.layers import Layer, add_layers, table
-from open_mythos.model.rows import Array
+from open_mythos.model.rows import Array, Rows
 
 
 class FewRowsBlocks:
@@ -24,7 +25,7 @@ class FewRowsBlocks:
     """
 
     def __init__(self, layers: Sequence[Layer], threads: Threads) -> None:
-        self._layers, self._threads, self._window = layers, threads, layers[0].window
+        self._layers, self.threads, self._window = layers, threads, layers[0].window
         self._table = table(layers)
 
     def __call__(self, x: Tensor, context: ForwardContext, address: CacheAddress) -> Tensor:
@@ -35,6 +36,15 @@ class FewRowsBlocks:
 
     def add_to(self, stream: Array, context: ForwardContext, first: CacheAddress) -> None:
         """Add to the stream (positions, dim) what the blocks add to it, in place; the first one is at `first`."""
+        with self.threads.lock:
+            _run(stream, *self.given(context, first))
+
+    def given(self, context: ForwardContext, first: CacheAddress) -> tuple[Any, ...]:
+        """What `add_layers` is given beside the stream."""
         seen = context.seen(first, len(self._table), self._window)
-        with self._threads.lock:
-            add_layers(stream, context.rotations, self._table, *seen, self._threads.n)
+        return context.rotations, self._table, *seen, self.threads.n
+
+
+@compiled
+def _run(stream: Array, rotations: Array, layers: Any, entries: Rows, rows: Rows, counts: Rows, threads: int) -> None:
+    add_layers(stream, rotations, layers, entries, rows, counts, threads)

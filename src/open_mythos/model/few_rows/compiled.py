@@ -35,13 +35,8 @@ _LOOPS = {"prange": True, "comprehension": False, "reduction": False, "inplace_b
 _LOOPS |= {"numpy": False, "stencil": False, "fusion": False}
 
 # Kinds of parameters of shared functions, in Numba's words.
-VECTOR, MATRIX, STACK, INDEX, INDICES = (
-    "float32[::1]",
-    "float32[:, ::1]",
-    "float32[:, :, ::1]",
-    "int64[::1]",
-    "int64[:, ::1]",
-)
+VECTOR, MATRIX, STACK = "float32[::1]", "float32[:, ::1]", "float32[:, :, ::1]"
+INDEX, INDICES, STACK_OF_INDICES = "int64[::1]", "int64[:, ::1]", "int64[:, :, ::1]"
 
 # Multiplications that take about as long as starting threads does.
 _WORTH_A_THREAD = 2**15

@@ -52,7 +52,8 @@ def _is_known(module: nn.Module) -> bool:
     kind = type(module)
     if kind not in _KNOWN or kind.forward is not _FORWARD[kind] or is_patched(module):
         return False
-    if module._compiled_call_impl is not None or any(isinstance(x, Tensor) for x in vars(module).values()):
+    kinds = {type(value) for value in vars(module).values()}
+    if module._compiled_call_impl is not None or any(issubclass(kind, Tensor) for kind in kinds):
         return False  # wrappers put a weight's views in its place
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return False

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import carray, types  # type: ignore[attr-defined]
+from numba import carray, typeof, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
@@ -22,7 +22,7 @@ from open_mythos.model.block import Block
 from open_mythos.model.experts import MoEFFN
 from open_mythos.model.feed_forward import SwiGLU
 from open_mythos.model.few_rows.attention import add_gqa, add_mla
-from open_mythos.model.few_rows.compiled import compiled
+from open_mythos.model.few_rows.compiled import INDEX, INDICES, MATRIX, STACK_OF_INDICES, compiled, shared
 from open_mythos.model.few_rows.feed_forward import add_experts
 from open_mythos.model.latent_attention import MLAttention
 from open_mythos.model.rows import Array, Rows, described
@@ -42,6 +42,9 @@ LAYER = np.dtype(
     ],
     align=True,
 )
+
+LAYERS = typeof(np.zeros(1, LAYER))
+"""A `table`, to Numba."""
 
 Known: TypeAlias = dict[str, Any]
 """Of a layer, by the names above."""
@@ -111,7 +114,7 @@ def _experts(ffn: MoEFFN) -> Known:
     }
 
 
-@compiled
+@shared(MATRIX, MATRIX, LAYERS, STACK_OF_INDICES, INDICES, INDEX, "int64")
 def add_layers(
     stream: Array, rotations: Array, layers: Any, entries: Rows, rows: Rows, counts: Rows, threads: int
 ) -> None:

@@ -6,6 +6,8 @@ Main entries: `FewRowsLoop`, `FewRowsNorm`, `FewRowsHalting`, `FewRowsHead`. Cal
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -13,13 +15,14 @@ from torch import Tensor, nn
 from open_mythos.model.cache import CacheAddress
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.few_rows.block import FewRowsBlocks
-from open_mythos.model.few_rows.compiled import Threads
+from open_mythos.model.few_rows.compiled import Threads, compiled
+from open_mythos.model.few_rows.layers import add_layers
 from open_mythos.model.few_rows.pointwise import adapt, halting_probability, inject, rms_norm
 from open_mythos.model.few_rows.products import add_product
 from open_mythos.model.halting import ACTHalting
 from open_mythos.model.norm import RMSNorm
 from open_mythos.model.recurrent import RecurrentBlock
-from open_mythos.model.rows import Array, as_array
+from open_mythos.model.rows import Array, Rows, as_array
 
 
 class FewRowsLoop:
@@ -28,7 +31,9 @@ class FewRowsLoop:
     def __init__(self, recurrent: RecurrentBlock, blocks: FewRowsBlocks) -> None:
         self._blocks, self._embedding, self._adapter = blocks, recurrent.loop_embedding, recurrent.adapter
         self._injection, self._b = recurrent.injection, as_array(recurrent.injection.B)
-        self._no_embedding = np.zeros((1, len(self._b)), np.float32)
+        dim = len(self._b)
+        self._no_embedding, self._no_scale = np.zeros((1, dim), np.float32), np.empty((1, 0), np.float32)
+        self._down, self._up = np.empty((0, dim), np.float32), np.empty((dim, 0), np.float32)
         if recurrent.adapter is not None:
             self._down, self._up = as_array(recurrent.adapter.down.weight), as_array(recurrent.adapter.up.weight)
 
@@ -42,19 +47,41 @@ class FewRowsLoop:
             embedding, scale = self._of_loop(index)
         else:
             embedding, scale = context.constant((self, index), lambda: self._of_loop(index))
-        u = np.empty_like(h)
-        inject(h, e, a, self._b, embedding, u)
-        x = u.copy()
-        self._blocks.add_to(x, context, CacheAddress("recurrent", 0, t))
-        if scale is not None:
-            adapt(x, u, self._down, scale, self._up)
-        return x
+        given = self._blocks.given(context, CacheAddress("recurrent", 0, t))
+        with self._blocks.threads.lock:
+            return _next_state(h, e, a, self._b, embedding, self._down, scale, self._up, *given)
 
-    def _of_loop(self, index: int | Tensor) -> tuple[Array, Array | None]:
+    def _of_loop(self, index: int | Tensor) -> tuple[Array, Array]:
         """The embedding of a loop and the scale of its adapter, for all positions or for each."""
-        none = self._embedding is None
-        embedding = self._no_embedding if none else _rows(self._embedding(index))  # type: ignore[misc]
-        return embedding, None if self._adapter is None else _rows(self._adapter.scale(index))
+        embedding = self._no_embedding if self._embedding is None else _rows(self._embedding(index))
+        return embedding, self._no_scale if self._adapter is None else _rows(self._adapter.scale(index))
+
+
+@compiled
+def _next_state(
+    h: Array,
+    e: Array,
+    a: Array,
+    b: Array,
+    embedding: Array,
+    down: Array,
+    scale: Array,
+    up: Array,
+    rotations: Array,
+    layers: Any,
+    entries: Rows,
+    rows: Rows,
+    counts: Rows,
+    threads: int,
+) -> Array:
+    """A whole loop in one call: to call a compiled function takes as long as what stands around the blocks."""
+    u = np.empty_like(h)
+    inject(h, e, a, b, embedding, u)
+    x = u.copy()
+    add_layers(x, rotations, layers, entries, rows, counts, threads)
+    if down.shape[0]:
+        adapt(x, u, down, scale, up)
+    return x
 
 
 class FewRowsNorm:
@@ -86,6 +113,27 @@ class FewRowsHalting:
         out = np.empty(len(h), np.float32)
         halting_probability(h, self._weight, self._bias, self._eps, out)
         return out
+
+    def weigh(self, h: Array, threshold: float, last: bool, mass: Array, output: Array) -> bool:
+        """Add a position's state h (1, dim) to the output with its weight; whether it stops, as it does at the `last`.
+
+        `mass` (1,) is the sum of the weights so far. As `ACTAccumulator` does.
+        """
+        return _weigh(h, self._weight, self._bias, self._eps, threshold, last, mass, output)
+
+
+@compiled
+def _weigh(
+    h: Array, weight: Array, bias: Array, eps: np.float32, threshold: float, last: bool, mass: Array, output: Array
+) -> bool:
+    p = np.empty(1, np.float32)
+    halting_probability(h, weight, bias, eps, p)
+    stops = last or mass[0] + p[0] >= threshold
+    share = np.float32(1) - mass[0] if stops else p[0]
+    for j in range(h.shape[1]):
+        output[0, j] += share * h[0, j]
+    mass[0] += share
+    return stops
 
 
 class FewRowsHead:

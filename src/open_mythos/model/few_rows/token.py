@@ -44,17 +44,11 @@ class FewRowsToken(NamedTuple):
         return torch.from_numpy(logits).unsqueeze(0), torch.full((1, 1), exit_loop, dtype=torch.int32)
 
     def _loops(self, e: Array, n_loops: int, context: ForwardContext) -> tuple[Array, int]:
-        """The state for the coda and the loops that it took; weighs states as `ACTAccumulator` does."""
+        """The state for the coda and the loops that it took."""
         h = e if self.config.state_init == "input" else np.zeros_like(e)
-        output, mass = np.zeros_like(e), np.float32(0)
+        output, mass, threshold = np.zeros_like(e), np.zeros(1, np.float32), self.config.act_threshold
         for t in range(n_loops):
             h = self.loop.rows(h, e, t, context, t)
-            if self.halting is None:
-                continue
-            p = self.halting.rows(h)[0]
-            stops = t + 1 == n_loops or mass + p >= self.config.act_threshold
-            output += h * (np.float32(1) - mass if stops else p)
-            mass += p
-            if stops:
+            if self.halting is not None and self.halting.weigh(h, threshold, t + 1 == n_loops, mass, output):
                 return output, t + 1
         return h, n_loops

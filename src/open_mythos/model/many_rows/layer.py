@@ -11,7 +11,7 @@ from typing import Any
 from numba import prange
 
 from open_mythos.model.few_rows.compiled import compiled, parallel, shared
-from open_mythos.model.few_rows.layers import matrix_at, stack_at, vector_at
+from open_mythos.model.few_rows.layers import LAYERS, matrix_at, stack_at, vector_at
 from open_mythos.model.many_rows.attention import attend, attend_back
 from open_mythos.model.many_rows.feed_forward import feed, feed_back
 from open_mythos.model.many_rows.grouped import project as project_grouped
@@ -30,7 +30,6 @@ from open_mythos.model.many_rows.pointwise import (
 )
 from open_mythos.model.many_rows.products import across, by, by_turned
 from open_mythos.model.many_rows.views import (
-    LAYERS,
     PASSES,
     active_at,
     gains_of,

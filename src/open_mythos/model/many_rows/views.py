@@ -12,7 +12,7 @@ import numpy.typing as npt
 from numba import carray, typeof  # type: ignore[attr-defined]
 
 from open_mythos.model.few_rows.compiled import compiled
-from open_mythos.model.few_rows.layers import LAYER, pointer
+from open_mythos.model.few_rows.layers import pointer
 from open_mythos.model.rows import Array, Rows
 
 KEPT = (
@@ -51,8 +51,8 @@ SIZES = (
 )
 PASS = np.dtype([(name, np.int64) for name in (*KEPT, *SCRATCH, *COUNTED, *GIVEN, *SIZES)])
 """Addresses and sizes of one pass."""
-LAYERS, PASSES = typeof(np.zeros(1, LAYER)), typeof(np.zeros(1, PASS))
-"""What a step is given: one of each."""
+PASSES = typeof(np.zeros(1, PASS))
+"""What a step is given one of, to Numba."""
 
 
 @compiled
