@@ -97,29 +97,42 @@ def _gate(x: Array, gate: Array, up: Array, ends: Rows, factors: Array, hidden: 
 
 @parallel
 def _add_down(hidden: Array, down: Array, ends: Rows, owners: Rows, stream: Array, threads: int) -> None:
-    """Add to the stream what is hidden, by the experts' matrices down; row r goes to position `owners[r]`."""
-    width = stream.shape[1]
+    """Add to the stream what is hidden, by the experts' matrices down; row r goes to position `owners[r]`.
+
+    Each part takes some of what is hidden, by rows of the matrices that lie side by side, for all channels of the
+    stream: those that two threads write must not share a line of the caches.
+    """
+    (n, width), depth = stream.shape, hidden.shape[1]
     parts = n_parts(hidden.size * width, threads)
+    sums = np.zeros((parts, n, width), np.float32)
     for part in prange(parts):
-        first, end = share(width, part, parts), share(width, part + 1, parts)
+        first, end = share(depth, part, parts), share(depth, part + 1, parts)
+        own = np.empty((hidden.shape[0], end - first), np.float32)
+        for r in range(hidden.shape[0]):
+            for k in range(end - first):
+                own[r, k] = hidden[r, first + k]
         start = 0
         for e in range(ends.shape[0]):
             if start < ends[e]:
-                _add_expert(hidden, down[e], owners, start, ends[e], first, end, stream)
+                _add_expert(own, down[e, first:end], owners, start, ends[e], sums[part])
             start = ends[e]
+    for part in range(parts):
+        for i in range(n):
+            row, more = stream[i], sums[part, i]
+            for j in range(width):
+                row[j] += more[j]
 
 
-@shared(MATRIX, MATRIX, INDEX, "int64", "int64", "int64", "int64", MATRIX)
-def _add_expert(
-    hidden: Array, down: Array, owners: Rows, start: int, stop: int, first: int, end: int, out: Array
-) -> None:
+@shared(MATRIX, MATRIX, INDEX, "int64", "int64", MATRIX)
+def _add_expert(hidden: Array, down: Array, owners: Rows, start: int, stop: int, out: Array) -> None:
     """Add rows `start` to `stop` of `hidden`, by `down` (hidden, dim), to those of `out` that own them."""
-    if stop - start <= _FEW or end - first < COLUMNS:
-        _add_along(hidden, down, owners, start, stop, first, end, out)
+    width = out.shape[1]
+    if stop - start <= _FEW or width < COLUMNS:
+        _add_along(hidden, down, owners, start, stop, out)
         return
-    sums, done = np.empty(4 * COLUMNS, np.float32), first
-    while done < end:
-        column = min(done, end - COLUMNS)  # the last may compute some again
+    sums, done = np.empty(4 * COLUMNS, np.float32), 0
+    while done < width:
+        column = min(done, width - COLUMNS)  # the last may compute some again
         for four in range(start, stop, 4):
             tile_along(hidden, four, stop - 1, down, column, sums)
             for r in range(four, min(four + 4, stop)):
@@ -130,23 +143,21 @@ def _add_expert(
 
 
 @compiled
-def _add_along(
-    hidden: Array, down: Array, owners: Rows, start: int, stop: int, first: int, end: int, out: Array
-) -> None:
-    """The same where rows or channels are few: the matrix is read as it lies."""
-    width = down.shape[0]
-    fours = width // 4 * 4
-    for k in range(0, fours, 4):
-        w0, w1, w2, w3 = down[k, first:end], down[k + 1, first:end], down[k + 2, first:end], down[k + 3, first:end]
+def _add_along(hidden: Array, down: Array, owners: Rows, start: int, stop: int, out: Array) -> None:
+    """The same where rows or channels are few: four rows of the matrix, a quarter apart, as in `add_product`."""
+    depth, width = down.shape
+    apart = depth // 4
+    for k in range(apart):
+        w0, w1, w2, w3 = down[k], down[k + apart], down[k + 2 * apart], down[k + 3 * apart]
         for r in range(start, stop):
-            own = out[owners[r], first:end]
-            a, b, c, d = hidden[r, k], hidden[r, k + 1], hidden[r, k + 2], hidden[r, k + 3]
-            for j in range(own.shape[0]):
+            own, x = out[owners[r]], hidden[r]
+            a, b, c, d = x[k], x[k + apart], x[k + 2 * apart], x[k + 3 * apart]
+            for j in range(width):
                 own[j] += a * w0[j] + b * w1[j] + c * w2[j] + d * w3[j]
-    for k in range(fours, width):
+    for k in range(4 * apart, depth):
         for r in range(start, stop):
-            for j in range(end - first):
-                out[owners[r], first + j] += hidden[r, k] * down[k, first + j]
+            for j in range(width):
+                out[owners[r], j] += hidden[r, k] * down[k, j]
 
 
 @compiled

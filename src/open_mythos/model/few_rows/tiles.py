@@ -49,8 +49,8 @@ def _sums(rows: int) -> Callable[..., tuple[float, ...]]:
     """Products along what is contiguous, each in a register of partial sums."""
 
     @intrinsic
-    def sums(_context: Any, x: Any, row: Any, weight: Any, channel: Any) -> Any:
-        """Rows of x (n, dim) from `row` on, by four rows of a matrix (width, dim) from `channel` on.
+    def sums(_context: Any, x: Any, row: Any, weight: Any, channel: Any, apart: Any) -> Any:
+        """Rows of x (n, dim) from `row` on, by four rows of a matrix (width, dim): `channel` and others so far `apart`.
 
         Without dim's last numbers, those behind the last multiple of `WIDE`. Row by row, the four sums of each.
         """
@@ -60,12 +60,11 @@ def _sums(rows: int) -> Callable[..., tuple[float, ...]]:
             source, matrix = (array_of(context, builder, signature, args, k) for k in (0, 2))
             dim = cgutils.unpack_tuple(builder, matrix.shape)[1]
             own = [_row(builder, source, args[1], k, dim) for k in range(rows)]
-            others = [_row(builder, matrix, args[3], k, dim) for k in range(CHANNELS)]
-            ahead = _row(builder, matrix, args[3], CHANNELS, dim)
+            channels = [builder.add(args[3], builder.mul(args[4], args[4].type(k))) for k in range(CHANNELS)]
+            others = [_row(builder, matrix, channel, 0, dim) for channel in channels]
             totals = _zeros(builder, vectors, rows * CHANNELS)
             with cgutils.for_range(builder, builder.udiv(dim, dim.type(WIDE))) as loop:
                 place = builder.mul(loop.index, dim.type(WIDE))
-                _fetch(builder, ahead, builder.mul(place, dim.type(CHANNELS)), WIDE * CHANNELS)
                 factors = [_load(builder, other, place, vectors) for other in others]
                 for k, row in enumerate(own):
                     repeated = [_load(builder, row, place, vectors)] * CHANNELS
@@ -73,7 +72,7 @@ def _sums(rows: int) -> Callable[..., tuple[float, ...]]:
             results = [_reduce(builder, builder.load(total)) for total in totals]
             return context.make_tuple(builder, signature.return_type, results)
 
-        return types.UniTuple(types.float32, rows * CHANNELS)(x, row, weight, channel), generate
+        return types.UniTuple(types.float32, rows * CHANNELS)(x, row, weight, channel, apart), generate
 
     return sums  # type: ignore[no-any-return]
 
