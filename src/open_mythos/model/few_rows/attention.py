@@ -11,7 +11,7 @@ import numpy as np
 from numba import prange
 
 from open_mythos.model.few_rows.compiled import INDEX, INDICES, STACK, VECTOR, compiled, n_parts, parallel, shared
-from open_mythos.model.few_rows.pointwise import rms_norm, rotate
+from open_mythos.model.few_rows.pointwise import exp, rms_norm, rotate
 from open_mythos.model.few_rows.products import add_product
 from open_mythos.model.rows import Array, Rows
 
@@ -267,9 +267,9 @@ def _attend_heads(
                     total += query[j] * key[j]
                 scores[s] = total * scale
                 most = max(most, scores[s])
-            total = np.exp(sink[head] - most) if sink.size else np.float32(0)
+            total = exp(sink[head] - most) if sink.size else np.float32(0)
             for s in range(counts[i]):
-                scores[s] = np.exp(scores[s] - most)
+                scores[s] = exp(scores[s] - most)
                 total += scores[s]
             mixed = out[i, head]
             for j in range(width):

@@ -9,7 +9,7 @@ import numpy as np
 from numba import prange
 
 from open_mythos.model.few_rows.compiled import INDEX, MATRIX, compiled, n_parts, parallel, shared
-from open_mythos.model.few_rows.pointwise import rms_norm
+from open_mythos.model.few_rows.pointwise import exp, rms_norm
 from open_mythos.model.few_rows.products import add_part, add_product, first_panel, share, side_by_side
 from open_mythos.model.few_rows.tiles import COLUMNS, tile_along
 from open_mythos.model.rows import Array, Rows
@@ -92,7 +92,7 @@ def _gate(x: Array, gate: Array, up: Array, ends: Rows, factors: Array, hidden: 
         for r in range(hidden.shape[0]):
             own, other = hidden[r, first:end], ups[r, first:end]
             for j in range(own.shape[0]):
-                own[j] *= factors[r] * other[j] / (np.float32(1) + np.exp(-own[j]))
+                own[j] *= factors[r] * other[j] / (np.float32(1) + exp(-own[j]))
 
 
 @parallel
