@@ -312,7 +312,7 @@ def test_a_forked_process_generates() -> None:
 
 
 def test_without_a_compiler_everything_works() -> None:
-    _run_alone("assert 'open_mythos.model.few_rows.compiled' not in sys.modules", NUMBA_DISABLE_JIT="1")
+    _run_alone("assert 'open_mythos.model.arithmetic.compiled' not in sys.modules", NUMBA_DISABLE_JIT="1")
 
 
 def test_several_threads_may_generate_where_numba_has_its_own_only() -> None:

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from open_mythos.model.few_rows import compiled, pointwise
+from open_mythos.model.arithmetic import compiled
+from open_mythos.model.few_rows import pointwise
 from open_mythos.model.few_rows.products import add_product
 
 
 def test_what_is_kept_is_thrown_away_when_any_file_changes(tmp_path: Path) -> None:
     """Numba looks at a function's own file: it would go on calling an old version of what that imports."""
-    for folder in ("few_rows", "many_rows"):
+    for folder in ("arithmetic", "few_rows", "many_rows"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.py").write_text("1")
     stamp = compiled._stamp.__wrapped__
@@ -45,7 +46,7 @@ def test_compiling_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_pytorch_keeps_its_number_of_threads() -> None:
     """Starting Numba's threads, which are PyTorch's where both use the same OpenMP, used to change it."""
     code = (
-        "import torch; torch.set_num_threads(1); from open_mythos.model.few_rows.compiled import Threads; "
+        "import torch; torch.set_num_threads(1); from open_mythos.model.arithmetic.compiled import Threads; "
         "threads = Threads(); assert threads.use(); assert threads.n == 1 == torch.get_num_threads(); "
         "torch.set_num_threads(2); threads.use(); assert torch.get_num_threads() == 2 >= threads.n"
     )

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from open_mythos.model.few_rows.compiled import Threads
+from open_mythos.model.arithmetic.compiled import Threads
 from open_mythos.model.few_rows.feed_forward import add_experts
 from open_mythos.model.few_rows.products import add_product, share
 from open_mythos.model.rows import Array
@@ -31,7 +31,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     use.use()
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 41, 64])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40, 41, 64])
 @pytest.mark.parametrize("dim", [1, 15, 16, 40, 257])
 @pytest.mark.parametrize("width", [1, 5, 16, 23, 130, 384])
 def test_products_are_numpys(n: int, dim: int, width: int, threads: int) -> None:
@@ -51,7 +51,7 @@ def test_parts_are_neighbours_and_leave_nothing_out(width: int, parts: int) -> N
     assert all(end % 4 == 0 for end in ends[:-1])
 
 
-@pytest.mark.parametrize("n", [1, 2, 9, 40])
+@pytest.mark.parametrize("n", [1, 2, 9, 40, 150])
 @pytest.mark.parametrize("dim", [24, 64, 176])
 @pytest.mark.parametrize("softmax", [True, False])
 def test_experts_are_those_of_a_naive_loop(n: int, dim: int, softmax: bool, threads: int) -> None:

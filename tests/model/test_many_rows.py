@@ -14,10 +14,11 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from open_mythos import OpenMythos
+from open_mythos.model.arithmetic import exponential
+from open_mythos.model.arithmetic.compiled import Threads
 from open_mythos.model.attention import GQAttention
 from open_mythos.model.cache import CacheAddress
-from open_mythos.model.few_rows.compiled import Threads
-from open_mythos.model.many_rows import function, pointwise, products
+from open_mythos.model.many_rows import function, products
 from open_mythos.model.many_rows.stand_ins import ManyRows
 from open_mythos.training.depth import LoopPlan
 from open_mythos.training.objective import Objective
@@ -379,7 +380,7 @@ def test_products_of_any_size_equal_numpys(add: bool) -> None:
 
 def test_exponentials() -> None:
     x = np.concatenate([np.linspace(-87, 88, 9001), np.random.default_rng(0).normal(size=1000)]).astype(np.float32)
-    found = np.array([pointwise.exp(value) for value in x])
+    found = np.array([exponential.exp(value) for value in x])
     np.testing.assert_allclose(found, np.exp(x.astype(np.float64)), rtol=2.5e-7)
-    assert np.isnan(pointwise.exp(np.float32(np.nan)))
-    assert pointwise.exp(np.float32(-np.inf)) < 1e-37
+    assert np.isnan(exponential.exp(np.float32(np.nan)))
+    assert exponential.exp(np.float32(-np.inf)) < 1e-37

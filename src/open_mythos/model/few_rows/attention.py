@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from open_mythos.model.few_rows.compiled import INDEX, INDICES, STACK, VECTOR, compiled, n_parts, parallel, shared
-from open_mythos.model.few_rows.pointwise import exp, rms_norm, rotate
+from open_mythos.model.arithmetic.compiled import INDEX, INDICES, STACK, VECTOR, compiled, n_parts, parallel, shared
+from open_mythos.model.arithmetic.exponential import exp
+from open_mythos.model.few_rows.pointwise import rms_norm, rotate
 from open_mythos.model.few_rows.products import add_product
 from open_mythos.model.rows import Array, Rows
 

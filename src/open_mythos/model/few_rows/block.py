@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from open_mythos.model.arithmetic.compiled import Threads, compiled
 from open_mythos.model.cache import CacheAddress
 from open_mythos.model.context import ForwardContext
-from open_mythos.model.few_rows.compiled import Threads, compiled
 from open_mythos.model.few_rows.layers import Layer, add_layers, table
 from open_mythos.model.rows import Array, Rows
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from open_mythos.model.few_rows.compiled import INDEX, MATRIX, compiled, n_parts, parallel, shared
-from open_mythos.model.few_rows.pointwise import exp, rms_norm
+from open_mythos.model.arithmetic.compiled import INDEX, MATRIX, compiled, n_parts, parallel, shared
+from open_mythos.model.arithmetic.exponential import exp
+from open_mythos.model.arithmetic.tiles import COLUMNS, tile_along
+from open_mythos.model.few_rows.pointwise import rms_norm
 from open_mythos.model.few_rows.products import add_part, add_product, first_panel, share, side_by_side
-from open_mythos.model.few_rows.tiles import COLUMNS, tile_along
 from open_mythos.model.rows import Array, Rows
 
 _FEW = 2

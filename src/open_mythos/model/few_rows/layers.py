@@ -17,12 +17,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from open_mythos.model.arithmetic.compiled import INDEX, INDICES, MATRIX, STACK_OF_INDICES, compiled, shared
 from open_mythos.model.attention import GQAttention
 from open_mythos.model.block import Block
 from open_mythos.model.experts import MoEFFN
 from open_mythos.model.feed_forward import SwiGLU
 from open_mythos.model.few_rows.attention import add_gqa, add_mla
-from open_mythos.model.few_rows.compiled import INDEX, INDICES, MATRIX, STACK_OF_INDICES, compiled, shared
 from open_mythos.model.few_rows.feed_forward import add_experts
 from open_mythos.model.latent_attention import MLAttention
 from open_mythos.model.rows import Array, Rows, described

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from open_mythos.model.arithmetic.compiled import Threads, compiled
 from open_mythos.model.cache import CacheAddress
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.few_rows.block import FewRowsBlocks
-from open_mythos.model.few_rows.compiled import Threads, compiled
 from open_mythos.model.few_rows.layers import add_layers
 from open_mythos.model.few_rows.pointwise import adapt, halting_probability, inject, rms_norm
 from open_mythos.model.few_rows.products import add_product

@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from open_mythos.model.few_rows.compiled import MATRIX, STACK, compiled, n_parts, parallel, shared
-from open_mythos.model.few_rows.tiles import (
+from open_mythos.model.arithmetic.compiled import MATRIX, STACK, compiled, n_parts, parallel, shared
+from open_mythos.model.arithmetic.product import PANEL, product, turned
+from open_mythos.model.arithmetic.tiles import (
     CHANNELS,
     CHANNELS_16,
     CHANNELS_32,
@@ -25,8 +26,8 @@ from open_mythos.model.rows import Array, Rows
 _LANES = 32
 """Rows that lie side by side in a panel."""
 
-_FEW = 8
-"""More rows than this are multiplied side by side."""
+_FEW, _MANY = 8, 40
+"""More rows than the first are multiplied side by side; more than the second as whole matrices are."""
 
 
 @compiled
@@ -53,7 +54,9 @@ def add_part(
     x: Array, panels: Array, panel: int, weight: Array, scale: np.float32, first: int, end: int, out: Array
 ) -> None:
     """`add_product` for the channels of `out` from `first` to `end`; x also lies in the panels from `panel` on."""
-    if x.shape[0] <= _FEW or end - first < CHANNELS_16:
+    if x.shape[0] > _MANY:
+        _add_blocks(x, weight, scale, first, end, out)
+    elif x.shape[0] <= _FEW or end - first < CHANNELS_16:
         _add_rows(x, weight, scale, first, end, out)
     else:
         _add_panels(x.shape[0], panels, panel, weight, scale, first, end, out)
@@ -63,11 +66,12 @@ def add_part(
 def side_by_side(x: Array, ends: Rows, threads: int) -> Array:
     """Rows of x (n, dim) in panels (panels, dim, rows), for the runs of rows that are long enough, else nowhere.
 
-    Run r has the rows up to `ends[r]`, and panels from `first_panel` of its first row and r on.
+    Run r has the rows up to `ends[r]`, and panels from `first_panel` of its first row and r on. Runs that are so long
+    that they are multiplied otherwise have room for panels, which is not touched.
     """
     dim, longest, start = x.shape[1], 0, 0
     for run in range(ends.shape[0]):
-        longest, start = max(longest, ends[run] - start), ends[run]
+        longest, start = max(longest, ends[run] - start if ends[run] - start <= _MANY else 0), ends[run]
     if longest <= _FEW:
         return np.empty((0, dim, _LANES), np.float32)
     panels = np.empty((first_panel(x.shape[0], ends.shape[0]), dim, _LANES), np.float32)
@@ -89,7 +93,7 @@ def _fill(panels: Array, x: Array, ends: Rows, first: int, end: int) -> None:
     start = 0
     for run in range(ends.shape[0]):
         stop, panel = ends[run], first_panel(start, run)
-        if stop - start > _FEW:
+        if _FEW < stop - start <= _MANY:
             for at in range(start, stop, _LANES):
                 rows = min(_LANES, stop - at)
                 lanes = 16 if stop - start <= 16 else 32
@@ -132,6 +136,20 @@ def _add_rows(x: Array, weight: Array, scale: np.float32, first: int, end: int, 
         _add_columns(x, weight, scale, rest, first, fours, out)
     if fours < end:
         _add_columns(x, weight, scale, 0, fours, end, out)
+
+
+@compiled
+def _add_blocks(x: Array, weight: Array, scale: np.float32, first: int, end: int, out: Array) -> None:
+    """A panel of the matrix at a time, turned, so that its columns lie side by side and stay in a cache."""
+    n, dim = x.shape
+    panel = np.empty(dim * PANEL, np.float32)
+    for o in range(first, end, PANEL):
+        columns = min(PANEL, end - o)
+        turned(weight.reshape(-1), o * dim, dim, columns, dim, panel, 0, PANEL)
+        for k in range(panel.shape[0]):
+            panel[k] *= scale
+        width = out.shape[1]
+        product(x.reshape(-1), 0, dim, 1, panel, 0, PANEL, out.reshape(-1), o, width, n, columns, dim, 1)
 
 
 @compiled

@@ -19,7 +19,7 @@ from open_mythos.model.recurrent import RecurrentBlock
 from open_mythos.model.rows import as_array
 
 if TYPE_CHECKING:
-    from open_mythos.model.few_rows.compiled import Threads
+    from open_mythos.model.arithmetic.compiled import Threads
     from open_mythos.model.few_rows.layers import Layer
     from open_mythos.model.few_rows.token import FewRowsToken
     from open_mythos.model.mythos import OpenMythos
@@ -44,7 +44,7 @@ class FewRows:
         self._layers: dict[nn.Module, Layer] = {}
         self._found: dict[nn.Module, StandIn] = {}
         if plain and not has_global_hooks() and compiles():
-            from open_mythos.model.few_rows.compiled import Threads
+            from open_mythos.model.arithmetic.compiled import Threads
 
             self._threads = Threads()
             self._layers = _layers(plain)

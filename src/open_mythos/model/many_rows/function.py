@@ -15,10 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from open_mythos.model.arithmetic.compiled import Threads
 from open_mythos.model.block import Block
 from open_mythos.model.cache import CacheAddress
 from open_mythos.model.context import ForwardContext
-from open_mythos.model.few_rows.compiled import Threads
 from open_mythos.model.few_rows.layers import LAYER, Known, known_of
 from open_mythos.model.latent_attention import MLAttention
 from open_mythos.model.many_rows import layer as kernels

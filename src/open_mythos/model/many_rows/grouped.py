@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from open_mythos.model.few_rows.compiled import compiled
+from open_mythos.model.arithmetic.compiled import compiled
 from open_mythos.model.few_rows.layers import matrix_at
 from open_mythos.model.many_rows.pointwise import BACK, THERE, copied, rotated, row_back, scale_of, scale_row
 from open_mythos.model.many_rows.products import by, by_turned

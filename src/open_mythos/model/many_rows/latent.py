@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from open_mythos.model.few_rows.compiled import compiled
+from open_mythos.model.arithmetic.compiled import compiled
 from open_mythos.model.few_rows.layers import matrix_at, stack_at, vector_at
 from open_mythos.model.many_rows.pointwise import BACK, THERE, add_to, copied, rotated, row_back, scale_of, scale_row
 from open_mythos.model.many_rows.products import by, by_turned

@@ -10,7 +10,7 @@ from typing import Any
 
 from numba import prange
 
-from open_mythos.model.few_rows.compiled import compiled, parallel, shared
+from open_mythos.model.arithmetic.compiled import compiled, parallel, shared
 from open_mythos.model.few_rows.layers import LAYERS, matrix_at, stack_at, vector_at
 from open_mythos.model.many_rows.attention import attend, attend_back
 from open_mythos.model.many_rows.feed_forward import feed, feed_back

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from open_mythos.model.few_rows.compiled import compiled
+from open_mythos.model.arithmetic.compiled import compiled
 from open_mythos.model.rows import Array
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from open_mythos.model.few_rows.compiled import compiled
-from open_mythos.model.many_rows.tile import PANEL, product, turned
+from open_mythos.model.arithmetic.compiled import compiled
+from open_mythos.model.arithmetic.product import PANEL, product, turned
 from open_mythos.model.rows import Array
 
 

@@ -18,7 +18,7 @@ from open_mythos.model.derivatives import elementary_only
 from open_mythos.model.few_rows.known import collect, compiles, has_global_hooks
 
 if TYPE_CHECKING:
-    from open_mythos.model.few_rows.compiled import Threads
+    from open_mythos.model.arithmetic.compiled import Threads
 
 
 class ManyRows:
@@ -53,7 +53,7 @@ class ManyRows:
         collect(block, known)
         if block not in known or has_global_hooks() or not compiles():
             return None
-        from open_mythos.model.few_rows.compiled import Threads
+        from open_mythos.model.arithmetic.compiled import Threads
         from open_mythos.model.many_rows.function import WholeLayer
 
         if self._threads is None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray, typeof  # type: ignore[attr-defined]
 
-from open_mythos.model.few_rows.compiled import compiled
+from open_mythos.model.arithmetic.compiled import compiled
 from open_mythos.model.few_rows.layers import pointer
 from open_mythos.model.rows import Array, Rows
 

@@ -38,6 +38,9 @@ _LOOPS |= {"numpy": False, "stencil": False, "fusion": False}
 VECTOR, MATRIX, STACK = "float32[::1]", "float32[:, ::1]", "float32[:, :, ::1]"
 INDEX, INDICES, STACK_OF_INDICES = "int64[::1]", "int64[:, ::1]", "int64[:, :, ::1]"
 
+# Packages whose functions call one another.
+_COMPILED = ("arithmetic", "few_rows", "many_rows")
+
 # Multiplications that take about as long as starting threads does.
 _WORTH_A_THREAD = 2**15
 
@@ -70,7 +73,7 @@ class _Notice(Listener):
 
     def on_start(self, event: Event) -> None:
         module = event.data["dispatcher"].py_func.__module__ or ""
-        if not self._said and module.startswith(__package__):
+        if not self._said and module.startswith(__package__.rpartition(".")[0]):
             self._said = True
             _log.warning("Compiling the layers for this processor: once, for up to a minute.")
 
@@ -84,7 +87,8 @@ register("numba:compile", _Notice())
 @cache
 def _stamp(folder: Path = Path(__file__).parent.parent) -> list[tuple[str, int, int]]:
     """Changes when a file of the packages that are compiled does."""
-    stats = [(file.name, file.stat()) for file in sorted(folder.glob("*_rows/*.py"))]
+    files = sorted(file for part in _COMPILED for file in folder.glob(f"{part}/*.py"))
+    stats = [(file.name, file.stat()) for file in files]
     return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats]
 
 

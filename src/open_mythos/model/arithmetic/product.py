@@ -14,8 +14,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from open_mythos.model.few_rows.compiled import VECTOR, shared
-from open_mythos.model.few_rows.tiles import WIDE, add_products, array_of, indices, repeated
+from open_mythos.model.arithmetic.compiled import VECTOR, shared
+from open_mythos.model.arithmetic.tiles import WIDE, add_products, array_of, indices, repeated
 from open_mythos.model.rows import Array
 
 _FLOAT = ir.FloatType()
