@@ -113,6 +113,7 @@ class RowTable:
         """(slots, capacity): the looped entry that queries see; where a position has none of that slot, its last."""
         self.exits = np.zeros(capacity, np.int64)
         """(capacity,): how many loops each position has run."""
+        self._outer_at, self._looped_at = self.outer.ctypes.data, self.looped.ctypes.data
         self._free_outer: list[int] = []
         self._free_looped: list[int] = []
         self.pages: list[int] = []
@@ -131,6 +132,10 @@ class RowTable:
     def seen(self, loop: int | None) -> Rows:
         """Where the rows begin that queries at this loop read, (capacity,)."""
         return self.outer if loop is None else self.looped[self._layout.sharing.slot(loop)]
+
+    def seen_at(self, loop: int | None) -> int:
+        """The address of what is `seen`; whoever uses it keeps the table."""
+        return self._outer_at if loop is None else self._looped_at + self._layout.sharing.slot(loop) * self.outer.nbytes
 
     def drop(self, positions: range) -> None:
         """Free the rows of positions that turned out not to be wanted."""

@@ -54,8 +54,17 @@ class WaveContext(ForwardContext):
         super().__init__(config, n_positions, like.device, like.dtype, constants=constants)
         self._window = config.outer_reach if lanes[0].loop is None else config.loop_reach
         self._cache = cache
-        self._singles = [(at, table.seen(loop)) for table, at, loop in lanes if isinstance(at, int)]
-        self._blocks = [(at, table.seen(loop)) for table, at, loop in lanes if not isinstance(at, int)]
+        self._lanes = lanes
+
+    @cached_property
+    def _singles(self) -> list[tuple[int, Rows]]:
+        """Lanes of one position: which, and the rows of its request."""
+        return [(at, table.seen(loop)) for table, at, loop in self._lanes if isinstance(at, int)]
+
+    @cached_property
+    def _blocks(self) -> list[tuple[Rows, Rows]]:
+        """The other lanes."""
+        return [(at, table.seen(loop)) for table, at, loop in self._lanes if not isinstance(at, int)]
 
     @property
     def longest(self) -> int:
@@ -76,11 +85,24 @@ class WaveContext(ForwardContext):
     @cached_property
     def _positions(self) -> Rows:
         """Of every lane, in order."""
-        return np.concatenate([[at for at, _ in self._singles], *(at for at, _ in self._blocks)]).astype(np.int64)
+        positions = [at for _, at, _ in self._lanes]
+        if isinstance(positions[-1], int):  # then all are
+            return np.array(positions, np.int64)
+        return np.concatenate([np.atleast_1d(at) for at in positions])
 
     def seen(self, first: CacheAddress, n_layers: int, window: int | None) -> Seen:
         """Where every position is to be stored, and what it sees; the window is that of the wave's stage."""
-        return Seen(self._cache.described(first, n_layers), *self._keys)
+        return Seen(self._cache.described(first, n_layers), *self._listed)
+
+    @cached_property
+    def _listed(self) -> tuple[Rows, Rows]:
+        """Where the rows are listed that every position sees, and how many they are."""
+        ends = self._positions + 1
+        counts = ends if self._window is None else np.minimum(ends, self._window)
+        tables = np.array([table.seen_at(loop) for table, _, loop in self._lanes], np.int64)
+        if len(tables) < self.n_new:
+            tables = np.repeat(tables, [np.size(at) for _, at, _ in self._lanes])
+        return tables + ends.itemsize * (ends - counts), counts
 
     def attend(
         self,
@@ -125,11 +147,6 @@ class WaveContext(ForwardContext):
         else:
             mask = OwnMasks.of(self._there(visible).unsqueeze(1), self.dtype)
         return _Group(slice(0, lanes), lanes, self._there(rows), mask)
-
-    @cached_property
-    def _keys(self) -> tuple[Rows, Rows]:
-        """`_keys_of` every position."""
-        return self._keys_of([*self._singles, *((int(p), seen) for at, seen in self._blocks for p in at)])
 
     def _keys_of(self, positions: list[tuple[int, Rows]]) -> tuple[Rows, Rows]:
         """Where the keys begin that positions of tables see, (positions, most keys), and how many each has."""

@@ -21,9 +21,9 @@ class Seen(NamedTuple):
 
     entries: Rows
     """(layers, kinds, 4): all that is stored of some layers, `described`, for what the config's `cache_widths` name:
-    (heads, rows, width). Whoever keeps the cache keeps the arrays."""
+    (heads, rows, width). Whoever keeps the cache keeps all these arrays."""
     rows: Rows
-    """(n, most): the rows that each position sees come first in its line, its own the last of them."""
+    """(n,): the address at which the numbers of the rows are listed that a position sees, its own the last of them."""
     counts: Rows
     """(n,): how many they are."""
 

@@ -54,7 +54,8 @@ class SequenceStore:
         self._slots: dict[CacheAddress, _Slot] = {}
         self._stages: dict[tuple[CacheAddress, int], tuple[list[_Slot], Rows]] = {}
         self._rows: dict[tuple[int, int | None], tuple[Rows, Rows]] = {}
-        self._firsts, self._places = np.arange(batch)[:, None] * capacity, np.arange(capacity)
+        self._firsts, self._places = np.arange(batch)[:, None] * capacity, np.arange(batch * capacity)
+        self._listed = self._places.ctypes.data
         self.length = 0
         self.reached: Tensor | None = None
 
@@ -90,14 +91,13 @@ class SequenceStore:
         return Seen(entries, *self._rows_seen(n_new, window))
 
     def _rows_seen(self, n_new: int, window: int | None) -> tuple[Rows, Rows]:
-        """Where the positions lie that each new one sees, and how many they are; what is behind them has no meaning."""
+        """Where the rows are listed that each new position sees, and how many they are."""
         if (n_new, window) not in self._rows:
             ends = np.arange(self.length + 1, self.length + n_new + 1)
             counts = ends if window is None else np.minimum(ends, window)
-            starts = (self._firsts + (ends - counts)).reshape(-1, 1)
-            most = self.length + n_new if window is None else min(window, self.length + n_new)
+            starts = (self._firsts + (ends - counts)).reshape(-1)
             repeated = counts if self._batch == 1 else np.tile(counts, self._batch)
-            self._rows[n_new, window] = starts + self._places[:most], repeated
+            self._rows[n_new, window] = self._listed + self._places.itemsize * starts, repeated
         return self._rows[n_new, window]
 
     def commit(self, exit_loops: Tensor) -> None:

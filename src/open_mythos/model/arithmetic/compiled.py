@@ -36,7 +36,7 @@ _LOOPS |= {"numpy": False, "stencil": False, "fusion": False}
 
 # Kinds of parameters of shared functions, in Numba's words.
 VECTOR, MATRIX, STACK = "float32[::1]", "float32[:, ::1]", "float32[:, :, ::1]"
-INDEX, INDICES, STACK_OF_INDICES = "int64[::1]", "int64[:, ::1]", "int64[:, :, ::1]"
+INDEX, STACK_OF_INDICES = "int64[::1]", "int64[:, :, ::1]"
 
 # Packages whose functions call one another.
 _COMPILED = ("arithmetic", "few_rows", "many_rows")

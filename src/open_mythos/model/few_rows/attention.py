@@ -1,8 +1,8 @@
 """Attention of a few positions, each over what it sees of a cache, with the norm before and all that its module does.
 
-Main entries: `add_gqa`, `add_mla`. Of n positions, number i sees the first `counts[i]` of `rows[i]`, its own the last
-of them. Rotations are those of one sequence's positions, (n or fewer, dim), the same for all sequences; (1, 0) for
-none.
+Main entries: `add_gqa`, `add_mla`. Of n positions, number i sees `counts[i]` rows, whose numbers are listed at the
+address `rows[i]`, its own the last of them. Rotations are those of one sequence's positions, (n or fewer, dim), the
+same for all sequences; (1, 0) for none.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from open_mythos.model.arithmetic.compiled import INDEX, INDICES, STACK, VECTOR, compiled, n_parts, parallel, shared
+from open_mythos.model.arithmetic.addresses import integers_at
+from open_mythos.model.arithmetic.compiled import INDEX, STACK, VECTOR, compiled, n_parts, parallel, shared
 from open_mythos.model.arithmetic.exponential import exp
 from open_mythos.model.few_rows.pointwise import rms_norm, rotate
 from open_mythos.model.few_rows.products import add_product
@@ -147,7 +148,7 @@ def _store(new: Array, first: int, rows: Rows, counts: Rows, entries: Array) -> 
     """Copy what is new of n positions, from channel `first` of new (n, ...) on, to entries (heads, stored, width)."""
     n_heads, _, width = entries.shape
     for i in range(new.shape[0]):
-        own = rows[i, counts[i] - 1]
+        own = integers_at(rows[i], counts[i] - 1, counts[i])[0]
         for k in range(n_heads):
             start = first + k * width
             for j in range(width):
@@ -168,7 +169,7 @@ def _attend(
 ) -> None:
     """Each of the heads over its own keys and values."""
     n_heads = out.shape[1]
-    parts = min(n_heads, n_parts(2 * out.size * rows.shape[1], threads))
+    parts = min(n_heads, n_parts(2 * n_heads * out.shape[2] * counts.sum(), threads))
     if parts == 1:  # other threads are started even for nothing
         _attend_heads(queries, keys, values, rows, counts, scale, sink, 0, n_heads, out)
         return
@@ -192,7 +193,7 @@ def _attend_latent(
 ) -> None:
     """Each of the heads over the latents: keys are absorbed into queries before, values come out of mixtures after."""
     n, n_heads = out.shape[:2]
-    parts = min(n_heads, n_parts(n * kv_up.size + 2 * absorbed.size * rows.shape[1], threads))
+    parts = min(n_heads, n_parts(n * kv_up.size + 2 * n_heads * absorbed.shape[2] * counts.sum(), threads))
     mixed = np.empty((n, n_heads, kv_up.shape[2]), np.float32)
     for part in prange(parts):
         first, end = n_heads * part // parts, n_heads * (part + 1) // parts
@@ -237,7 +238,7 @@ def _release(mixed: Array, kv_up: Array, first: int, end: int, out: Array) -> No
                 out[i, h, j] = total
 
 
-@shared(STACK, STACK, STACK, INDICES, INDEX, "float32", VECTOR, "int64", "int64", STACK)
+@shared(STACK, STACK, STACK, INDEX, INDEX, "float32", VECTOR, "int64", "int64", STACK)
 def _attend_heads(
     queries: Array,
     keys: Array,
@@ -257,13 +258,14 @@ def _attend_heads(
     n, n_heads, width = out.shape
     n_kv, _, dim = keys.shape
     group = n_heads // n_kv
-    scores = np.empty(rows.shape[1], np.float32)
+    scores = np.empty(counts.max(), np.float32)
     for i in range(n):
+        seen = integers_at(rows[i], 0, counts[i])
         for head in range(first, end):
             query, k = queries[i, head], head // group
             most = sink[head] if sink.size else np.float32(-np.inf)
             for s in range(counts[i]):
-                key, total = keys[k, rows[i, s]], np.float32(0)
+                key, total = keys[k, seen[s]], np.float32(0)
                 for j in range(dim):
                     total += query[j] * key[j]
                 scores[s] = total * scale
@@ -276,6 +278,6 @@ def _attend_heads(
             for j in range(width):
                 mixed[j] = np.float32(0)
             for s in range(counts[i]):
-                weight, value = scores[s] / total, values[k, rows[i, s]]
+                weight, value = scores[s] / total, values[k, seen[s]]
                 for j in range(width):
                     mixed[j] += weight * value[j]

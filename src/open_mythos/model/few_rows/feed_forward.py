@@ -15,7 +15,7 @@ from open_mythos.model.few_rows.pointwise import rms_norm
 from open_mythos.model.few_rows.products import add_part, add_product, first_panel, share, side_by_side
 from open_mythos.model.rows import Array, Rows
 
-_FEW = 2
+_FEW = 4
 """More rows than this are multiplied four at a time by an expert's last matrix, if that has channels enough."""
 
 

@@ -12,12 +12,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import carray, typeof, types  # type: ignore[attr-defined]
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import typeof  # type: ignore[attr-defined]
 from torch import Tensor
 
-from open_mythos.model.arithmetic.compiled import INDEX, INDICES, MATRIX, STACK_OF_INDICES, compiled, shared
+from open_mythos.model.arithmetic.addresses import matrix_at, stack_at, vector_at
+from open_mythos.model.arithmetic.compiled import INDEX, MATRIX, STACK_OF_INDICES, compiled, shared
 from open_mythos.model.attention import GQAttention
 from open_mythos.model.block import Block
 from open_mythos.model.experts import MoEFFN
@@ -114,7 +113,7 @@ def _experts(ffn: MoEFFN) -> Known:
     }
 
 
-@shared(MATRIX, MATRIX, LAYERS, STACK_OF_INDICES, INDICES, INDEX, "int64")
+@shared(MATRIX, MATRIX, LAYERS, STACK_OF_INDICES, INDEX, INDEX, "int64")
 def add_layers(
     stream: Array, rotations: Array, layers: Any, entries: Rows, rows: Rows, counts: Rows, threads: int
 ) -> None:
@@ -193,31 +192,3 @@ def _add_feed_forward(stream: Array, layer: Any, threads: int) -> None:
         layer.branch_scale,
         threads,
     )
-
-
-@compiled
-def vector_at(place: Rows) -> Array:
-    """What is `described`, by its last dimension."""
-    return carray(pointer(place[0]), (place[3],), np.float32)
-
-
-@compiled
-def matrix_at(place: Rows) -> Array:
-    """By its last two dimensions."""
-    return carray(pointer(place[0]), (place[2], place[3]), np.float32)
-
-
-@compiled
-def stack_at(place: Rows) -> Array:
-    """By all three."""
-    return carray(pointer(place[0]), (place[1], place[2], place[3]), np.float32)
-
-
-def _at(_context: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(address), generate
-
-
-pointer: Any = intrinsic(_at)

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from open_mythos.model.arithmetic.addresses import integers_at, matrix_at, stack_at, vector_at
 from open_mythos.model.arithmetic.compiled import compiled
 from open_mythos.model.arithmetic.exponential import exp
 from open_mythos.model.few_rows.feed_forward import dispatch
-from open_mythos.model.few_rows.layers import matrix_at, stack_at, vector_at
 from open_mythos.model.many_rows.pointwise import normalise, normalise_again
 from open_mythos.model.many_rows.products import by, by_turned
-from open_mythos.model.many_rows.views import active_at, integers_at, numbers_at, rows_at, share_of
+from open_mythos.model.many_rows.views import active_at, numbers_at, rows_at, share_of
 from open_mythos.model.rows import Array, Rows
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from open_mythos.model.arithmetic.addresses import matrix_at
 from open_mythos.model.arithmetic.compiled import compiled
-from open_mythos.model.few_rows.layers import matrix_at
 from open_mythos.model.many_rows.pointwise import BACK, THERE, copied, rotated, row_back, scale_of, scale_row
 from open_mythos.model.many_rows.products import by, by_turned
 from open_mythos.model.many_rows.views import gains_of, heads_at, rotation_of, rows_at, share_of

@@ -10,8 +10,9 @@ from typing import Any
 
 from numba import prange
 
+from open_mythos.model.arithmetic.addresses import integers_at, matrix_at, stack_at, vector_at
 from open_mythos.model.arithmetic.compiled import compiled, parallel, shared
-from open_mythos.model.few_rows.layers import LAYERS, matrix_at, stack_at, vector_at
+from open_mythos.model.few_rows.layers import LAYERS
 from open_mythos.model.many_rows.attention import attend, attend_back
 from open_mythos.model.many_rows.feed_forward import feed, feed_back
 from open_mythos.model.many_rows.grouped import project as project_grouped
@@ -34,7 +35,6 @@ from open_mythos.model.many_rows.views import (
     active_at,
     gains_of,
     heads_at,
-    integers_at,
     keys_and_values,
     numbers_at,
     rows_at,

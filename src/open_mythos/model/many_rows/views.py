@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray, typeof  # type: ignore[attr-defined]
 
+from open_mythos.model.arithmetic.addresses import pointer
 from open_mythos.model.arithmetic.compiled import compiled
-from open_mythos.model.few_rows.layers import pointer
-from open_mythos.model.rows import Array, Rows
+from open_mythos.model.rows import Array
 
 KEPT = (
     *("attn_scales", "raw", "q", "rebuilt_keys", "rebuilt_values", "mixed", "lse", "middle"),
@@ -69,11 +69,6 @@ def rows_at(address: int, first: int, end: int, width: int) -> Array:
 @compiled
 def heads_at(address: int, first: int, end: int, heads: int, width: int) -> Array:
     return carray(pointer(address + 4 * first * heads * width), (end - first, heads, width), np.float32)
-
-
-@compiled
-def integers_at(address: int, first: int, end: int) -> Rows:
-    return carray(pointer(address + 8 * first), (end - first,), np.int64)
 
 
 @compiled
