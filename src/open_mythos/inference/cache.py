@@ -5,9 +5,10 @@ Main entries: `CacheLayout`, `PagedCache`, `RowTable`.
 
 from __future__ import annotations
 
-from math import ceil, lcm
+from math import ceil, lcm, prod
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from open_mythos.config import MythosConfig
@@ -18,6 +19,7 @@ from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.rows import Rows, described
 
 _LEAST_PER_PAGE = 16
+_CACHE_LINE = 64
 
 
 class CacheLayout:
@@ -64,7 +66,8 @@ class PagedCache:
         self.pages = PageAllocator(cache_bytes // layout.page_bytes)
         n_rows = self.pages.n_pages * layout.page_rows + max(layout.loop_width, layout.outer_width)
         # Heads first: what is read of a head then lies in one piece, as a product over keys wants it.
-        self._entries = {name: like.new_zeros(*shape[:-1], n_rows, shape[-1]) for name, shape in layout.shapes.items()}
+        sizes = {name: (*shape[:-1], n_rows, shape[-1]) for name, shape in layout.shapes.items()}
+        self._entries = {name: _zeros(size, like) for name, size in sizes.items()}
         self._described: dict[tuple[Stage, int, int], Rows] = {}
 
     @property
@@ -170,3 +173,13 @@ class RowTable:
             self.pages.append(page)
             free[:0] = range((page + 1) * size - width, page * size - 1, -width)
         return free.pop() if isinstance(positions, int) else [free.pop() for _ in range(n)]
+
+
+def _zeros(size: tuple[int, ...], like: Tensor) -> Tensor:
+    """As `like.new_zeros`; on a CPU, the system gives memory only to what is written, when it is."""
+    if not like.is_cpu:
+        return like.new_zeros(size)
+    n_bytes = prod(size) * like.element_size()
+    memory = np.zeros(n_bytes + _CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % _CACHE_LINE
+    return torch.from_numpy(memory[start : start + n_bytes]).view(like.dtype).view(size)
