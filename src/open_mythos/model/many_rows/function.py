@@ -129,22 +129,23 @@ class LayerPlan:
         self.gains = {name: known[name].numel() for name in _GAINS if name in names}
         self.sizes = {"n_heads": n_heads, "n_kv": n_kv, "key_width": key_width, "value_width": value_width}
         self.sizes["n_gains"] = sum(self.gains.values())
-        self._layer, self._weights = np.zeros(1, LAYER), np.zeros(1, LAYER)
+        layer, weights = np.zeros(1, LAYER), np.zeros(1, LAYER)
         for name, value in known.items():
             if isinstance(value, Tensor):
-                self._layer[name][0, 1:] = as_dimensions(value)
+                layer[name][0, 1:] = as_dimensions(value)
             else:
-                self._layer[name] = value
+                layer[name] = value
             if name in names:
-                self._weights[name][0, 1:] = as_dimensions(value)
+                weights[name][0, 1:] = as_dimensions(value)
+        # As words: NumPy copies what has fields field by field.
+        self._layer, self._weights = layer.view(np.int64), weights.view(np.int64)
 
     def described(self, tensors: Mapping[str, Tensor], *, gradients: bool = False) -> npt.NDArray[Any]:
         """The layer as compiled code knows it, its weights these; or their gradients, with 0 for what has none."""
-        found = (self._weights if gradients else self._layer).copy()
-        words = found.view(np.int64)
+        words = (self._weights if gradients else self._layer).copy()
         for name, tensor in tensors.items():
             words[_FIRST_WEIGHT[name]] = tensor.data_ptr()
-        return found
+        return words.view(LAYER)
 
     def places(self, names: tuple[str, ...], n: int) -> _Places:
         """Where each of `names` begins in an array that has all of them, for so many rows."""
