@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import os
 from pathlib import Path
 
 import pytest
@@ -43,4 +43,4 @@ def test_a_cache_takes_no_memory_before_it_is_written() -> None:
 
 
 def _resident_bytes() -> int:
-    return int(_STATM.read_text().split()[1]) * resource.getpagesize()
+    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
