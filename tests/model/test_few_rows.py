@@ -15,7 +15,7 @@ from torch import Tensor
 
 from open_mythos.model import mythos
 from open_mythos.model.few_rows import stand_ins
-from open_mythos.model.few_rows.block import FewRowsBlocks
+from open_mythos.model.few_rows.block import FewRowsBlocks, Given
 from open_mythos.model.few_rows.token import FewRowsToken
 from open_mythos.model.mythos import OpenMythos
 from tiny import random_ids, tiny_config, tiny_model
@@ -98,7 +98,7 @@ def _count_calls(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     calls: list[None] = []
     original = FewRowsBlocks.given
 
-    def counted(self: FewRowsBlocks, *arguments: Any) -> tuple[Any, ...]:
+    def counted(self: FewRowsBlocks, *arguments: Any) -> Given:
         calls.append(None)
         return original(self, *arguments)
 

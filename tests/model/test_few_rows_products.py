@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from open_mythos.model.arithmetic.compiled import Threads
-from open_mythos.model.few_rows.feed_forward import add_experts
+from open_mythos.model.few_rows.feed_forward import _add_down, _gate, add_experts
 from open_mythos.model.few_rows.products import add_product, share
 from open_mythos.model.rows import Array
 
@@ -92,3 +92,29 @@ def _naive(
 def _swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
     a = gate @ x
     return (a / (1 + np.exp(-a)) * (up @ x)) @ down
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 3, 4, 5, 8, 9, 17, 33, 40, 41, 70]), min_size=1, max_size=6).filter(any),
+    dim=st.sampled_from([1, 3, 4, 7, 16, 31, 65, 130, 200]),
+    width=st.sampled_from([1, 3, 4, 9, 16, 31, 64, 130]),
+    parts=st.integers(1, 4),
+)
+def test_experts_with_few_rows_and_with_many_in_one_call(lengths: list[int], dim: int, width: int, parts: int) -> None:
+    Threads().use()
+    ends, n, n_experts = np.cumsum(lengths).astype(np.int64), sum(lengths), len(lengths)
+    x, factors, before = _random(0, n, dim), _random(1, n), _random(2, n // 2 + 1, dim)
+    gate, up, down = (_random(k, n_experts, width, dim) / np.float32(dim**0.5) for k in (3, 4, 5))
+    owners = np.random.default_rng(6).integers(0, len(before), n)
+    hidden, out = np.zeros((n, width), np.float32), before.copy()
+    _gate(x, gate, up, ends, factors, hidden, parts)
+    _add_down(hidden, down, ends, owners, out, parts)
+    expected, expert = before.astype(np.float64), np.repeat(np.arange(n_experts), lengths)
+    for r in range(n):
+        row, e = x[r].astype(np.float64), expert[r]
+        opened, given_up = gate[e] @ row, up[e] @ row
+        own = factors[r] * given_up * opened / (1 + np.exp(-opened))
+        np.testing.assert_allclose(hidden[r], own, atol=1e-4)
+        expected[owners[r]] += own @ down[e]
+    np.testing.assert_allclose(out, expected, atol=2e-4 * max(1, float(abs(expected).max())))

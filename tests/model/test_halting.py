@@ -237,3 +237,15 @@ def test_the_loops_of_earlier_positions_come_to_the_device_of_the_state() -> Non
     halting = model.recurrent.accumulator(loops, e, reached=loops.unsqueeze(-1))
     assert isinstance(halting, SettledState)
     assert halting._settled(e, e, 1).shape == (2, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threshold", [0.9, 0.7, 0.99])
+def test_a_threshold_that_is_just_reached_stops(threshold: float, dtype: torch.dtype) -> None:
+    """In the state's type 0.9 is less than in Python's, and both ways of comparing have to see the same."""
+    states = torch.ones(1, 2, 4, dtype=dtype)
+    for probabilities in (torch.full((1, 2), threshold, dtype=dtype), torch.tensor([[threshold, 1.0]], dtype=dtype)):
+        halting = ACTAccumulator(threshold, LoopBudget(torch.tensor([5]), states.device), states)
+        halting.update(states, probabilities, 0)
+        assert halting.finished
+        assert halting.exit_loops.eq(1).all()

@@ -19,7 +19,8 @@ from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.rows import Rows, described
 
 _LEAST_PER_PAGE = 16
-_CACHE_LINE = 64
+_LINE_BYTES = 64
+"""Of a processor's caches: where memory begins."""
 
 
 class CacheLayout:
@@ -180,6 +181,6 @@ def _zeros(size: tuple[int, ...], like: Tensor) -> Tensor:
     if not like.is_cpu:
         return like.new_zeros(size)
     n_bytes = prod(size) * like.element_size()
-    memory = np.zeros(n_bytes + _CACHE_LINE, np.uint8)
-    start = -memory.ctypes.data % _CACHE_LINE
+    memory = np.zeros(n_bytes + _LINE_BYTES, np.uint8)
+    start = -memory.ctypes.data % _LINE_BYTES
     return torch.from_numpy(memory[start : start + n_bytes]).view(like.dtype).view(size)

@@ -83,7 +83,7 @@ class Stats:
 
 
 class Engine:
-    """Serves requests with one model, in a cache of at most `cache_bytes`.
+    """Serves requests with one model, in a cache of at most `cache_bytes`; on a CPU it takes memory as it is written.
 
     A request is begun while the positions being computed, those of its prompt included, are at most
     `max_batch_tokens`; a prompt longer than that is computed when nothing else is. Pages that running requests do not

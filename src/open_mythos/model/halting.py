@@ -66,7 +66,8 @@ class ACTAccumulator(Stopping):
     def __init__(self, threshold: float, budget: LoopBudget, like: Tensor) -> None:
         """`like` is a state (batch, seq, dim)."""
         super().__init__(budget, like)
-        self.threshold = threshold
+        # Rounded as comparing a tensor with a number does: what is compared in Python must not stop elsewhere.
+        self.threshold = torch.tensor(threshold, dtype=like.dtype, device="cpu").item()
         self._mass = like.new_zeros(like.shape[:2])
         self._exit_loops: Tensor | int = 0  # a number for as long as it is the same everywhere
         self._remainder: Tensor | float = 0.0

@@ -1,4 +1,4 @@
-"""How the functions of this package are compiled, when first called, and on how many threads they run.
+"""How this package and those built of it are compiled, when first called, and on how many threads they run.
 
 Main entries: `compiled`, `parallel`, `shared`, `n_parts`, `Threads`. Importing this imports Numba: half a second.
 """
@@ -157,7 +157,7 @@ def n_parts(multiplications: int, threads: int) -> int:
 
 
 class Threads:
-    """How many threads run the loops of this package."""
+    """How many threads run the loops of compiled functions."""
 
     n: int
     lock: AbstractContextManager[object]

@@ -1,6 +1,6 @@
 """The inner loop of a matrix product, in LLVM's own terms: a small block of the result stays in registers.
 
-Main entries: `product`, `turned`. Matrices are parts of arrays (n,), with strides in numbers, so that
+Main entries: `product`, `turned`, `by_turned`. Matrices are parts of arrays (n,), with strides in numbers, so that
 neither parts nor transposes need a copy.
 """
 
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from open_mythos.model.arithmetic.compiled import VECTOR, shared
+from open_mythos.model.arithmetic.compiled import VECTOR, compiled, shared
 from open_mythos.model.arithmetic.tiles import WIDE, add_products, array_of, indices, repeated
 from open_mythos.model.rows import Array
 
@@ -198,3 +199,22 @@ def turned(
     for i in range(rows):
         for j in range(whole_columns if i < whole_rows else 0, columns):
             target[start + j * target_row + i] = source[first + i * source_row + j]
+
+
+@compiled
+def by_turned(x: Array, matrix: Array, first: int, end: int, scale: np.float32, out: Array, add: bool) -> None:
+    """Columns `first` to `end` of `out = scale * x @ matrix.T`, or with `add` of `out += scale * x @ matrix.T`.
+
+    (rows, depth) by (columns, depth), contiguous. A panel of the matrix at a time is turned and stays in a cache.
+    """
+    rows, depth = x.shape
+    panel, width = np.empty(depth * PANEL, np.float32), out.shape[1]
+    for column in range(first, end, PANEL):
+        columns = min(PANEL, end - column)
+        turned(matrix.reshape(matrix.size), column * depth, depth, columns, depth, panel, 0, PANEL)
+        if scale != 1:
+            for k in range(depth):
+                for j in range(columns):
+                    panel[k * PANEL + j] *= scale
+        numbers, target = x.reshape(x.size), out.reshape(out.size)
+        product(numbers, 0, depth, 1, panel, 0, PANEL, target, column, width, rows, columns, depth, int(add))

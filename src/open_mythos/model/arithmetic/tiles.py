@@ -1,8 +1,9 @@
-"""The inner loops of products, in LLVM's own terms: sums stay in registers, and what is read next is fetched ahead.
+"""The inner loops of products of few rows, in LLVM's own terms: sums stay in registers.
 
 Main entries: `sums_1`, `sums_2` and `sums_4` for as many rows of x, `tile_16` and `tile_32` for rows side by side, all
 by a matrix (width, dim); `tile_along` by the columns of a matrix. All arrays are float32 and contiguous. Where a matrix
-comes from memory, fetching ahead makes four rows by four of its rows 1.6 times as fast (docs/experiments.md).
+comes from memory, what counts is how it is read: `sums_` in four long streams, tiles with what is next fetched ahead
+(docs/experiments.md).
 """
 
 from __future__ import annotations

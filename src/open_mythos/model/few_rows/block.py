@@ -6,8 +6,9 @@ Main entry: `FewRowsBlocks`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,6 +17,17 @@ from open_mythos.model.cache import CacheAddress
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.few_rows.layers import Layer, add_layers, table
 from open_mythos.model.rows import Array, Rows
+
+
+class Given(NamedTuple):
+    """What `add_layers` is given beside the stream, in its order."""
+
+    rotations: Array
+    layers: npt.NDArray[Any]
+    entries: Rows
+    rows: Rows
+    counts: Rows
+    threads: int
 
 
 class FewRowsBlocks:
@@ -39,10 +51,10 @@ class FewRowsBlocks:
         with self.threads.lock:
             _run(stream, *self.given(context, first))
 
-    def given(self, context: ForwardContext, first: CacheAddress) -> tuple[Any, ...]:
-        """What `add_layers` is given beside the stream."""
+    def given(self, context: ForwardContext, first: CacheAddress) -> Given:
+        """What `add_layers` is given beside the stream; the first of the blocks is at `first`."""
         seen = context.seen(first, len(self._table), self._window)
-        return context.rotations, self._table, *seen, self.threads.n
+        return Given(context.rotations, self._table, *seen, self.threads.n)
 
 
 @compiled

@@ -10,7 +10,7 @@ from numba import prange
 
 from open_mythos.model.arithmetic.compiled import INDEX, MATRIX, compiled, n_parts, parallel, shared
 from open_mythos.model.arithmetic.exponential import exp
-from open_mythos.model.arithmetic.tiles import COLUMNS, tile_along
+from open_mythos.model.arithmetic.tiles import CHANNELS, COLUMNS, tile_along
 from open_mythos.model.few_rows.pointwise import rms_norm
 from open_mythos.model.few_rows.products import add_part, add_product, first_panel, share, side_by_side
 from open_mythos.model.rows import Array, Rows
@@ -100,40 +100,59 @@ def _gate(x: Array, gate: Array, up: Array, ends: Rows, factors: Array, hidden: 
 def _add_down(hidden: Array, down: Array, ends: Rows, owners: Rows, stream: Array, threads: int) -> None:
     """Add to the stream what is hidden, by the experts' matrices down; row r goes to position `owners[r]`.
 
-    Each part takes some of what is hidden, by rows of the matrices that lie side by side, for all channels of the
-    stream: those that two threads write must not share a line of the caches.
+    Each part takes some channels of the stream where an expert has rows enough. Where it has few, each takes some of
+    what is hidden: whole rows of the matrix, which lie side by side, and all channels, in sums of its own.
     """
-    (n, width), depth = stream.shape, hidden.shape[1]
+    (rows, depth), width = hidden.shape, stream.shape[1]
     parts = n_parts(hidden.size * width, threads)
-    sums = np.zeros((parts, n, width), np.float32)
+    few = _FEW if width >= parts * (COLUMNS + CHANNELS) else rows
+    sums = np.zeros((parts, _rows_of_few(ends, few), width), np.float32)
     for part in prange(parts):
-        first, end = share(depth, part, parts), share(depth, part + 1, parts)
-        own = np.empty((hidden.shape[0], end - first), np.float32)
-        for r in range(hidden.shape[0]):
-            for k in range(end - first):
-                own[r, k] = hidden[r, first + k]
-        start = 0
+        first, end = share(width, part, parts), share(width, part + 1, parts)
+        low, high = share(depth, part, parts), share(depth, part + 1, parts)
+        start, done = 0, 0
         for e in range(ends.shape[0]):
-            if start < ends[e]:
-                _add_expert(own, down[e, first:end], owners, start, ends[e], sums[part])
+            n = ends[e] - start
+            if n > few:
+                _add_expert(hidden, down[e], owners, start, ends[e], first, end, stream)
+            else:
+                _add_along(hidden[start : ends[e]], down[e], low, high, sums[part, done : done + n])
+                done += n
             start = ends[e]
-    for part in range(parts):
-        for i in range(n):
-            row, more = stream[i], sums[part, i]
-            for j in range(width):
-                row[j] += more[j]
+    start, done = 0, 0
+    for e in range(ends.shape[0]):
+        if ends[e] - start <= few:
+            for r in range(start, ends[e]):
+                for part in range(parts):
+                    row, more = stream[owners[r]], sums[part, done]
+                    for j in range(width):
+                        row[j] += more[j]
+                done += 1
+        start = ends[e]
 
 
-@shared(MATRIX, MATRIX, INDEX, "int64", "int64", MATRIX)
-def _add_expert(hidden: Array, down: Array, owners: Rows, start: int, stop: int, out: Array) -> None:
-    """Add rows `start` to `stop` of `hidden`, by `down` (hidden, dim), to those of `out` that own them."""
-    width = out.shape[1]
-    if stop - start <= _FEW or width < COLUMNS:
-        _add_along(hidden, down, owners, start, stop, out)
-        return
-    sums, done = np.empty(4 * COLUMNS, np.float32), 0
-    while done < width:
-        column = min(done, width - COLUMNS)  # the last may compute some again
+@compiled
+def _rows_of_few(ends: Rows, few: int) -> int:
+    """How many rows belong to experts that have at most `few`."""
+    start, total = 0, 0
+    for e in range(ends.shape[0]):
+        if ends[e] - start <= few:
+            total += ends[e] - start
+        start = ends[e]
+    return total
+
+
+@shared(MATRIX, MATRIX, INDEX, "int64", "int64", "int64", "int64", MATRIX)
+def _add_expert(
+    hidden: Array, down: Array, owners: Rows, start: int, stop: int, first: int, end: int, out: Array
+) -> None:
+    """Add rows `start` to `stop` of `hidden`, by the channels `first` to `end` of `down`, to the owners' rows of `out`.
+
+    There are at least `COLUMNS` of these channels.
+    """
+    sums, done = np.empty(4 * COLUMNS, np.float32), first
+    while done < end:
+        column = min(done, end - COLUMNS)  # the last may compute some again
         for four in range(start, stop, 4):
             tile_along(hidden, four, stop - 1, down, column, sums)
             for r in range(four, min(four + 4, stop)):
@@ -144,21 +163,24 @@ def _add_expert(hidden: Array, down: Array, owners: Rows, start: int, stop: int,
 
 
 @compiled
-def _add_along(hidden: Array, down: Array, owners: Rows, start: int, stop: int, out: Array) -> None:
-    """The same where rows or channels are few: four rows of the matrix, a quarter apart, as in `add_product`."""
-    depth, width = down.shape
-    apart = depth // 4
-    for k in range(apart):
+def _add_along(hidden: Array, down: Array, low: int, high: int, out: Array) -> None:
+    """Add to `out` (n, dim) what is hidden from `low` to `high`, by as many rows of `down`.
+
+    Four of these at a time, a quarter apart, as in `add_product`.
+    """
+    n, width = out.shape
+    apart = (high - low) // 4
+    for k in range(low, low + apart):
         w0, w1, w2, w3 = down[k], down[k + apart], down[k + 2 * apart], down[k + 3 * apart]
-        for r in range(start, stop):
-            own, x = out[owners[r]], hidden[r]
+        for r in range(n):
+            own, x = out[r], hidden[r]
             a, b, c, d = x[k], x[k + apart], x[k + 2 * apart], x[k + 3 * apart]
             for j in range(width):
                 own[j] += a * w0[j] + b * w1[j] + c * w2[j] + d * w3[j]
-    for k in range(4 * apart, depth):
-        for r in range(start, stop):
+    for k in range(low + 4 * apart, high):
+        for r in range(n):
             for j in range(width):
-                out[owners[r], j] += hidden[r, k] * down[k, j]
+                out[r, j] += hidden[r, k] * down[k, j]
 
 
 @compiled

@@ -53,7 +53,7 @@ def _is_known(module: nn.Module) -> bool:
     if kind not in _KNOWN or kind.forward is not _FORWARD[kind] or is_patched(module):
         return False
     kinds = {type(value) for value in vars(module).values()}
-    if module._compiled_call_impl is not None or any(issubclass(kind, Tensor) for kind in kinds):
+    if module._compiled_call_impl is not None or any(issubclass(each, Tensor) for each in kinds):
         return False  # wrappers put a weight's views in its place
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return False

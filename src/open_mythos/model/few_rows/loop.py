@@ -119,12 +119,12 @@ class FewRowsHalting:
 
         `mass` (1,) is the sum of the weights so far. As `ACTAccumulator` does.
         """
-        return _weigh(h, self._weight, self._bias, self._eps, threshold, last, mass, output)
+        return _weigh(h, self._weight, self._bias, self._eps, np.float32(threshold), last, mass, output)
 
 
 @compiled
 def _weigh(
-    h: Array, weight: Array, bias: Array, eps: np.float32, threshold: float, last: bool, mass: Array, output: Array
+    h: Array, weight: Array, bias: Array, eps: np.float32, threshold: np.float32, last: bool, mass: Array, output: Array
 ) -> bool:
     p = np.empty(1, np.float32)
     halting_probability(h, weight, bias, eps, p)

@@ -1,4 +1,4 @@
-"""Products of a few rows with a matrix, on all threads: the matrix is read once, where it lies.
+"""Products of rows with a matrix, on all threads. For few rows the matrix is read once, where it lies.
 
 Main entries: `add_product`, `add_part`, `side_by_side`, `share`. Matrices are (width, dim), as in `nn.Linear`.
 """
@@ -9,7 +9,7 @@ import numpy as np
 from numba import prange
 
 from open_mythos.model.arithmetic.compiled import MATRIX, STACK, compiled, n_parts, parallel, shared
-from open_mythos.model.arithmetic.product import PANEL, product, turned
+from open_mythos.model.arithmetic.product import by_turned
 from open_mythos.model.arithmetic.tiles import (
     CHANNELS,
     CHANNELS_16,
@@ -55,7 +55,7 @@ def add_part(
 ) -> None:
     """`add_product` for the channels of `out` from `first` to `end`; x also lies in the panels from `panel` on."""
     if x.shape[0] > _MANY:
-        _add_blocks(x, weight, scale, first, end, out)
+        by_turned(x, weight, first, end, scale, out, True)
     elif x.shape[0] <= _FEW or end - first < CHANNELS_16:
         _add_rows(x, weight, scale, first, end, out)
     else:
@@ -136,20 +136,6 @@ def _add_rows(x: Array, weight: Array, scale: np.float32, first: int, end: int, 
         _add_columns(x, weight, scale, rest, first, fours, out)
     if fours < end:
         _add_columns(x, weight, scale, 0, fours, end, out)
-
-
-@compiled
-def _add_blocks(x: Array, weight: Array, scale: np.float32, first: int, end: int, out: Array) -> None:
-    """A panel of the matrix at a time, turned, so that its columns lie side by side and stay in a cache."""
-    n, dim = x.shape
-    panel = np.empty(dim * PANEL, np.float32)
-    for o in range(first, end, PANEL):
-        columns = min(PANEL, end - o)
-        turned(weight.reshape(-1), o * dim, dim, columns, dim, panel, 0, PANEL)
-        for k in range(panel.shape[0]):
-            panel[k] *= scale
-        width = out.shape[1]
-        product(x.reshape(-1), 0, dim, 1, panel, 0, PANEL, out.reshape(-1), o, width, n, columns, dim, 1)
 
 
 @compiled

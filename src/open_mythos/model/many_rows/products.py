@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from open_mythos.model.arithmetic.compiled import compiled
-from open_mythos.model.arithmetic.product import PANEL, product, turned
+from open_mythos.model.arithmetic.product import by_turned as whole_by_turned
+from open_mythos.model.arithmetic.product import product
 from open_mythos.model.rows import Array
 
 
@@ -23,13 +24,7 @@ def by(x: Array, matrix: Array, out: Array, add: bool) -> None:
 @compiled
 def by_turned(x: Array, matrix: Array, out: Array, add: bool) -> None:
     """`out = x @ matrix.T`, or with `add` `out += x @ matrix.T`; (rows, depth) by (columns, depth)."""
-    rows, depth = x.shape
-    columns = matrix.shape[0]
-    panel = np.empty(PANEL * depth, np.float32)
-    for first in range(0, columns, PANEL):
-        width = min(PANEL, columns - first)
-        turned(flat(matrix), first * depth, depth, width, depth, panel, 0, PANEL)
-        product(flat(x), 0, depth, 1, panel, 0, PANEL, flat(out), first, columns, rows, width, depth, int(add))
+    whole_by_turned(x, matrix, 0, matrix.shape[0], np.float32(1), out, add)
 
 
 @compiled
