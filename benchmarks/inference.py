@@ -43,13 +43,12 @@ def main() -> None:
         model = OpenMythos(MythosConfig(**SIZES[size])).eval()
         rival = peer.OpenMythos(peer.MythosConfig(**SIZES[size])).eval()
         few = [torch.tensor([prompt]) for prompt in prompts[: options.peer_requests]]
-        greedy = {"engine": partial(model.generate, temperature=0.0), PEER: partial(rival.generate, top_k=1)}
         engine = Engine(model)
         times = race(
             {
                 "engine": partial(_serve, engine, prompts, params),
-                "alone": partial(_one_by_one, greedy["engine"], few, options.new_tokens),
-                "peer": partial(_one_by_one, greedy[PEER], few, options.new_tokens),
+                "alone": partial(_one_by_one, partial(model.generate, temperature=0.0), few, options.new_tokens),
+                "peer": partial(_one_by_one, partial(rival.generate, top_k=1), few, options.new_tokens),
             },
             options.seconds,
             warmup=1,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from open_mythos.model.few_rows.pointwise import rotate as rotate_in_place
+from open_mythos.model.arithmetic.vectors import THERE, rotated
 from open_mythos.model.rope import apply_rotary, rotary_table, rotations
 from reference.elementary import rotate
 
@@ -36,8 +36,8 @@ def test_scores_depend_on_the_distance_only() -> None:
 
 def test_rotation_keeps_lengths() -> None:
     x = torch.randn(50, 2, 16)
-    rotated = apply_rotary(x, rotary_table(torch.arange(50), 16, 10_000.0, torch.float32))
-    torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1))
+    turned = apply_rotary(x, rotary_table(torch.arange(50), 16, 10_000.0, torch.float32))
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
 
 
 def test_angles_are_computed_in_float32_for_half_precision() -> None:
@@ -59,5 +59,6 @@ def test_the_kernel_rotates_in_place_as_the_table_does(position: int) -> None:
     x = torch.randn(1, 5, 16)
     table = rotary_table(torch.tensor([position]), 16, 10_000.0, torch.float32)
     array = x[0].numpy().copy()
-    rotate_in_place(array, rotations(np.array([position]), 16, 10_000.0)[0], array)
+    for head in array:
+        rotated(head, rotations(np.array([position]), 16, 10_000.0)[0], THERE)
     torch.testing.assert_close(torch.from_numpy(array), apply_rotary(x, table)[0], atol=1e-5, rtol=0)

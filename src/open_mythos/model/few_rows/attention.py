@@ -13,7 +13,8 @@ from numba import prange
 from open_mythos.model.arithmetic.addresses import integers_at
 from open_mythos.model.arithmetic.compiled import INDEX, STACK, VECTOR, compiled, n_parts, parallel, shared
 from open_mythos.model.arithmetic.exponential import exp
-from open_mythos.model.few_rows.pointwise import rms_norm, rotate
+from open_mythos.model.arithmetic.vectors import THERE, rotated, scale_of, scale_row
+from open_mythos.model.few_rows.pointwise import rms_norm
 from open_mythos.model.few_rows.products import add_product
 from open_mythos.model.rows import Array, Rows
 
@@ -104,19 +105,13 @@ def add_mla(
 def _place_heads(heads: Array, normed: bool, gain: Array, eps: np.float32, rotations: Array) -> None:
     """RMS norm, gain (queries and keys, width) and rotation of the first of all heads (n, heads, width), in place."""
     n = heads.shape[0]
-    n_heads, dim = gain.shape
-    if normed:
-        for i in range(n):
-            for h in range(n_heads):
-                total = np.float32(0)
-                for j in range(dim):
-                    total += heads[i, h, j] * heads[i, h, j]
-                scale = np.float32(1) / np.sqrt(total / np.float32(dim) + eps)
-                for j in range(dim):
-                    heads[i, h, j] *= scale * gain[h, j]
-    if rotations.shape[1]:
-        for i in range(n):
-            rotate(heads[i, :n_heads], rotations[i % rotations.shape[0]], heads[i, :n_heads])
+    for i in range(n):
+        rotation = rotations[i % rotations.shape[0]]
+        for h in range(gain.shape[0]):
+            head = heads[i, h]
+            if normed:
+                scale_row(head, scale_of(head, eps), gain[h], head)
+            rotated(head, rotation, THERE)
 
 
 @compiled
@@ -137,10 +132,10 @@ def _place_latent(
             row[i, rank + j] = down[i, first + rank + j]
             for h in range(heads):
                 queries[i, h, rank + j] = q[i, h, nope + j]
-        if rotations.shape[1]:
-            rotation = rotations[i % rotations.shape[0]]
-            rotate(row[i : i + 1, rank:], rotation, row[i : i + 1, rank:])
-            rotate(queries[i, :, rank:], rotation, queries[i, :, rank:])
+        rotation = rotations[i % rotations.shape[0]]
+        rotated(row[i, rank:], rotation, THERE)
+        for h in range(heads):
+            rotated(queries[i, h, rank:], rotation, THERE)
 
 
 @compiled

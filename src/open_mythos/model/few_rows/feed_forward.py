@@ -1,6 +1,6 @@
 """The feed-forward of a few positions, experts included, with the norm before it.
 
-Main entries: `add_experts`, `dispatch`.
+Main entries: `add_experts`, `dispatch`, `gather`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from numba import prange
 from open_mythos.model.arithmetic.compiled import INDEX, MATRIX, compiled, n_parts, parallel, shared
 from open_mythos.model.arithmetic.exponential import exp
 from open_mythos.model.arithmetic.tiles import CHANNELS, COLUMNS, tile_along
+from open_mythos.model.arithmetic.vectors import copied
 from open_mythos.model.few_rows.pointwise import rms_norm
 from open_mythos.model.few_rows.products import add_part, add_product, first_panel, share, side_by_side
 from open_mythos.model.rows import Array, Rows
@@ -56,10 +57,7 @@ def add_experts(
     factors = np.empty(n * top_k, np.float32)
     dispatch(logits, bias, softmax, scale * branch_scale, ends, owners, factors)
     rows, hidden = np.empty((n * top_k, dim), np.float32), np.zeros((n * top_k, expert_gate.shape[1]), np.float32)
-    for r in range(n * top_k):
-        row, own = rows[r], normed[owners[r]]
-        for j in range(dim):
-            row[j] = own[j]
+    gather(normed, owners, rows)
     _gate(rows, expert_gate, expert_up, ends, factors, hidden, threads)
     _add_down(hidden, expert_down, ends, owners, stream, threads)
 
@@ -181,6 +179,13 @@ def _add_along(hidden: Array, down: Array, low: int, high: int, out: Array) -> N
         for r in range(n):
             for j in range(width):
                 out[r, j] += hidden[r, k] * down[k, j]
+
+
+@compiled
+def gather(x: Array, owners: Rows, out: Array) -> None:
+    """The rows of x (n, dim) that `owners` (slots,) names, to `out` (slots, dim)."""
+    for r in range(owners.shape[0]):
+        copied(x[owners[r]], out[r])
 
 
 @compiled

@@ -1,6 +1,6 @@
-"""Norms, rotations and what stands around the blocks of a loop, row by row.
+"""Norms and what stands around the blocks of a loop, row by row.
 
-Main entries: `rms_norm`, `rotate`, `inject`, `adapt`, `halting_probability`.
+Main entries: `rms_norm`, `inject`, `adapt`, `halting_probability`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import numpy as np
 
 from open_mythos.model.arithmetic.compiled import compiled
 from open_mythos.model.arithmetic.exponential import exp
+from open_mythos.model.arithmetic.vectors import scale_of, scale_row
 from open_mythos.model.rows import Array
 
 
@@ -17,24 +18,8 @@ def rms_norm(x: Array, gain: Array, eps: np.float32, out: Array) -> None:
     """The first channels of x (n, ...) over their root mean square, times gain (dim,), to out (n, dim)."""
     n, dim = out.shape
     for i in range(n):
-        total = np.float32(0)
-        for j in range(dim):
-            total += x[i, j] * x[i, j]
-        scale = np.float32(1) / np.sqrt(total / np.float32(dim) + eps)
-        for j in range(dim):
-            out[i, j] = x[i, j] * scale * gain[j]
-
-
-@compiled
-def rotate(x: Array, rotation: Array, out: Array) -> None:
-    """Each of x (heads, dim), channels i and i + dim/2 paired, by the cosines and then sines `rotation` (dim,)."""
-    heads, dim = x.shape
-    half = dim // 2
-    for h in range(heads):
-        for i in range(half):
-            a, b = x[h, i], x[h, i + half]
-            out[h, i] = a * rotation[i] - b * rotation[i + half]
-            out[h, i + half] = b * rotation[i] + a * rotation[i + half]
+        row = x[i, :dim]
+        scale_row(row, scale_of(row, eps), gain, out[i])
 
 
 @compiled

@@ -13,7 +13,7 @@ import numpy as np
 from open_mythos.model.arithmetic.addresses import integers_at, matrix_at, stack_at, vector_at
 from open_mythos.model.arithmetic.compiled import compiled
 from open_mythos.model.arithmetic.exponential import exp
-from open_mythos.model.few_rows.feed_forward import dispatch
+from open_mythos.model.few_rows.feed_forward import dispatch, gather
 from open_mythos.model.many_rows.pointwise import normalise, normalise_again
 from open_mythos.model.many_rows.products import by, by_turned
 from open_mythos.model.many_rows.views import active_at, numbers_at, rows_at, share_of
@@ -64,7 +64,7 @@ def _add_experts(layer: Any, p: Any, part: int, normed: Array, out: Array) -> No
     _count(p, part, first, end, ends, owners)
     rows, hidden = rows_at(p.rows, start, stop, dim), rows_at(p.expert_hidden, start, stop, width)
     gates, ups = rows_at(p.expert_gates, start, stop, width), rows_at(p.expert_ups, start, stop, width)
-    _gather(normed, owners, rows)
+    gather(normed, owners, rows)
     begin = 0
     for e in range(ends.shape[0]):
         if begin < ends[e]:
@@ -136,8 +136,8 @@ def _add_experts_back(layer: Any, p: Any, part: int, normed: Array, grad: Array,
     gates, ups = rows_at(p.expert_gates, start, stop, width), rows_at(p.expert_ups, start, stop, width)
     dgates, dups = rows_at(p.dexpert_gates, start, stop, width), rows_at(p.dexpert_ups, start, stop, width)
     hidden, dhidden = rows_at(p.expert_hidden, start, stop, width), rows_at(p.dexpert_hidden, start, stop, width)
-    _gather(normed, owners, rows)
-    _gather(grad, owners, drows)
+    gather(normed, owners, rows)
+    gather(grad, owners, drows)
     begin = 0
     for e in range(n_experts):
         if begin < ends[e]:
@@ -185,15 +185,6 @@ def _swiglu_back(
             dg[j] = back * u[j] * (share + silu * (one - share))
             du[j] = back * silu
         dfactors[i] = total
-
-
-@compiled
-def _gather(x: Array, owners: Rows, out: Array) -> None:
-    dim = x.shape[1]
-    for r in range(owners.shape[0]):
-        row, to = x[owners[r]], out[r]
-        for j in range(dim):
-            to[j] = row[j]
 
 
 @compiled

@@ -11,7 +11,8 @@ import numpy as np
 
 from open_mythos.model.arithmetic.addresses import matrix_at
 from open_mythos.model.arithmetic.compiled import compiled
-from open_mythos.model.many_rows.pointwise import BACK, THERE, copied, rotated, row_back, scale_of, scale_row
+from open_mythos.model.arithmetic.vectors import BACK, THERE, copied, rotated, scale_of, scale_row
+from open_mythos.model.many_rows.pointwise import row_back
 from open_mythos.model.many_rows.products import by, by_turned
 from open_mythos.model.many_rows.views import gains_of, heads_at, rotation_of, rows_at, share_of
 from open_mythos.model.rows import Array

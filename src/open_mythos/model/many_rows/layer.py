@@ -12,6 +12,7 @@ from numba import prange
 
 from open_mythos.model.arithmetic.addresses import integers_at, matrix_at, stack_at, vector_at
 from open_mythos.model.arithmetic.compiled import compiled, parallel, shared
+from open_mythos.model.arithmetic.vectors import add_to, copied
 from open_mythos.model.few_rows.layers import LAYERS
 from open_mythos.model.many_rows.attention import attend, attend_back
 from open_mythos.model.many_rows.feed_forward import feed, feed_back
@@ -20,15 +21,7 @@ from open_mythos.model.many_rows.grouped import project_back as project_grouped_
 from open_mythos.model.many_rows.latent import project as project_latent
 from open_mythos.model.many_rows.latent import project_back as project_latent_back
 from open_mythos.model.many_rows.latent import rebuild, rebuild_back
-from open_mythos.model.many_rows.pointwise import (
-    add_residual,
-    add_to,
-    copied,
-    normalise,
-    normalise_again,
-    normalise_back,
-    scaled,
-)
+from open_mythos.model.many_rows.pointwise import add_residual, normalise, normalise_again, normalise_back, scaled
 from open_mythos.model.many_rows.products import across, by, by_turned
 from open_mythos.model.many_rows.views import (
     PASSES,

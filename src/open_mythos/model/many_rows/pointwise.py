@@ -1,6 +1,6 @@
-"""What stands between products: root-mean-square norms, rotations, and the way back.
+"""What stands between products: root-mean-square norms of all rows, what is added, and the way back.
 
-Main entries: `normalise`, `normalise_back`, `rotated`.
+Main entries: `normalise`, `normalise_back`, `row_back`.
 """
 
 from __future__ import annotations
@@ -8,16 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from open_mythos.model.arithmetic.compiled import compiled
+from open_mythos.model.arithmetic.vectors import scale_of, scale_row
 from open_mythos.model.rows import Array
-
-
-@compiled
-def scale_of(row: Array, eps: np.float32) -> np.float32:
-    """1 over the root mean square of a row."""
-    total = np.float32(0)
-    for j in range(row.shape[0]):
-        total += row[j] * row[j]
-    return np.float32(1) / np.sqrt(total / np.float32(row.shape[0]) + eps)
 
 
 @compiled
@@ -33,13 +25,6 @@ def normalise_again(x: Array, gain: Array, scales: Array, out: Array) -> None:
     """The same, the scales being known."""
     for i in range(x.shape[0]):
         scale_row(x[i], scales[i], gain, out[i])
-
-
-@compiled
-def scale_row(row: Array, scale: np.float32, gain: Array, out: Array) -> None:
-    """`out = row * scale * gain`, all (n,)."""
-    for j in range(row.shape[0]):
-        out[j] = row[j] * scale * gain[j]
 
 
 @compiled
@@ -71,24 +56,6 @@ def row_back(row: Array, gain: Array, scale: np.float32, grad: Array, out: Array
 
 
 @compiled
-def rotated(x: Array, rotation: Array, sign: np.float32) -> None:
-    """Rotate x (dim,) in place, channels i and i + dim/2 paired, by the cosines and then sines `rotation` (dim,).
-
-    A rotation (0,) is none; with the sign -1, x is rotated back.
-    """
-    half = rotation.shape[0] // 2
-    a, b, cos, sin = x[:half], x[half:], rotation[:half], rotation[half:]
-    for i in range(half):
-        low, high, sine = a[i], b[i], sign * sin[i]
-        a[i] = low * cos[i] - high * sine
-        b[i] = high * cos[i] + low * sine
-
-
-THERE, BACK = np.float32(1), np.float32(-1)
-"""Signs of rotations."""
-
-
-@compiled
 def add_residual(x: Array, branch_scale: np.float32, out: Array) -> None:
     """`out = x + branch_scale * out`."""
     n, dim = x.shape
@@ -106,17 +73,3 @@ def scaled(x: Array, factor: np.float32, out: Array) -> None:
         row, to = x[i], out[i]
         for j in range(dim):
             to[j] = factor * row[j]
-
-
-@compiled
-def copied(x: Array, out: Array) -> None:
-    """`out = x`, both (n,)."""
-    for j in range(x.shape[0]):
-        out[j] = x[j]
-
-
-@compiled
-def add_to(x: Array, out: Array) -> None:
-    """`out += x`, both (n,)."""
-    for j in range(x.shape[0]):
-        out[j] += x[j]
