@@ -16,11 +16,22 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from open_mythos.model.arithmetic.compiled import VECTOR, compiled, shared
-from open_mythos.model.arithmetic.tiles import WIDE, add_products, array_of, indices, repeated
+from open_mythos.model.arithmetic.registers import (
+    VECTOR as REGISTER,
+)
+from open_mythos.model.arithmetic.registers import (
+    WIDE,
+    add_products,
+    indices,
+    mask_of,
+    read,
+    repeated,
+    start_of,
+    up_to,
+    write,
+)
 from open_mythos.model.rows import Array
 
-_FLOAT = ir.FloatType()
-_VECTOR, _MASK = ir.VectorType(_FLOAT, WIDE), ir.VectorType(ir.IntType(1), WIDE)
 _ROWS, _NARROW_ROWS = 6, 8
 _VECTORS = 4 if WIDE == 16 else 2
 
@@ -47,36 +58,35 @@ def _tile(n_rows: int, n_vectors: int, *, masked: bool) -> Callable[..., None]:
         """`c (+)= a @ b` for rows up to `last` of a and c, and `width` columns of b and c where it is masked."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            a, b, c = (_start(context, builder, signature, args, k) for k in (0, 4, 7))
+            a, b, c = (start_of(context, builder, signature, args, k) for k in (0, 4, 7))
             (a_row, a_column), b_row, (c_row, last, width, depth, add) = args[2:4], args[6], args[9:]
             number = a_row.type
-            mask = _first(builder, width) if masked else None
+            mask = mask_of(builder, width) if masked else None
             # Rows behind the last are the last again: they compute and store the same.
-            rows = [number(r) for r in range(n_rows)]
-            rows = [builder.select(builder.icmp_signed("<", r, last), r, last) for r in rows]
+            rows = up_to(builder, number(0), n_rows, last)
             own = [builder.gep(a, [builder.mul(r, a_row)]) for r in rows]
             targets = [
                 builder.gep(c, [builder.add(builder.mul(r, c_row), number(v * WIDE))])
                 for r in rows
                 for v in range(n_vectors)
             ]
-            totals = [cgutils.alloca_once(builder, _VECTOR) for _ in targets]
+            totals = [cgutils.alloca_once(builder, REGISTER) for _ in targets]
             with builder.if_else(builder.icmp_signed("!=", add, number(0))) as (adding, fresh):
                 with adding:
                     for total, target in zip(totals, targets, strict=True):
-                        builder.store(_read(builder, target, mask), total)
+                        builder.store(read(builder, target, mask), total)
                 with fresh:
                     for total in totals:
-                        builder.store(ir.Constant(_VECTOR, [0.0] * WIDE), total)
+                        builder.store(ir.Constant(REGISTER, [0.0] * WIDE), total)
             with cgutils.for_range(builder, depth) as loop:
                 row = builder.gep(b, [builder.mul(loop.index, b_row)])
-                factors = [_read(builder, builder.gep(row, [number(v * WIDE)]), mask) for v in range(n_vectors)]
+                factors = [read(builder, builder.gep(row, [number(v * WIDE)]), mask) for v in range(n_vectors)]
                 column = builder.mul(loop.index, a_column)
                 for r, numbers in enumerate(own):
-                    one = repeated(builder, builder.load(builder.gep(numbers, [column])), _VECTOR)
+                    one = repeated(builder, builder.load(builder.gep(numbers, [column])))
                     add_products(builder, totals[r * n_vectors : (r + 1) * n_vectors], [one] * n_vectors, factors)
             for total, target in zip(totals, targets, strict=True):
-                _write(builder, builder.load(total), target, mask)
+                write(builder, builder.load(total), target, mask)
             return context.get_dummy_value()
 
         arguments = (a, a_first, a_row, a_column, b, b_first, b_row, c, c_first, c_row, last, width, depth, add)
@@ -85,50 +95,16 @@ def _tile(n_rows: int, n_vectors: int, *, masked: bool) -> Callable[..., None]:
     return tile  # type: ignore[no-any-return]
 
 
-def _start(context: Any, builder: Any, signature: Any, args: Any, k: int) -> Any:
-    """Where argument k, an array, has the number that the argument behind it says."""
-    return builder.gep(array_of(context, builder, signature, args, k).data, [args[k + 1]])
-
-
-def _first(builder: Any, width: Any) -> Any:
-    """A mask of the first `width` numbers of a vector."""
-    whole = ir.VectorType(width.type, WIDE)
-    repeated = builder.insert_element(ir.Constant(whole, ir.Undefined), width, ir.IntType(32)(0))
-    repeated = builder.shuffle_vector(repeated, repeated, indices([0] * WIDE))
-    return builder.icmp_signed("<", ir.Constant(whole, list(range(WIDE))), repeated)
-
-
-def _read(builder: Any, pointer: Any, mask: Any) -> Any:
-    pointer = builder.bitcast(pointer, _VECTOR.as_pointer())
-    if mask is None:
-        return builder.load(pointer, align=4)
-    kind = ir.FunctionType(_VECTOR, [_VECTOR.as_pointer(), ir.IntType(32), _MASK, _VECTOR])
-    name = f"llvm.masked.load.v{WIDE}f32.p0v{WIDE}f32"
-    load = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.call(load, [pointer, ir.IntType(32)(4), mask, ir.Constant(_VECTOR, [0.0] * WIDE)])
-
-
-def _write(builder: Any, vector: Any, pointer: Any, mask: Any) -> None:
-    pointer = builder.bitcast(pointer, _VECTOR.as_pointer())
-    if mask is None:
-        builder.store(vector, pointer, align=4)
-        return
-    kind = ir.FunctionType(ir.VoidType(), [_VECTOR, _VECTOR.as_pointer(), ir.IntType(32), _MASK])
-    name = f"llvm.masked.store.v{WIDE}f32.p0v{WIDE}f32"
-    store = cgutils.get_or_insert_function(builder.module, kind, name)
-    builder.call(store, [vector, pointer, ir.IntType(32)(4), mask])
-
-
 def _turn_square(
     _context: Any, source: Any, first: Any, source_row: Any, target: Any, start: Any, target_row: Any
 ) -> Any:
     """Write a square of `WIDE` by `WIDE` numbers with rows and columns exchanged."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source, target = (_start(context, builder, signature, args, k) for k in (0, 3))
+        source, target = (start_of(context, builder, signature, args, k) for k in (0, 3))
         source_row, target_row, number = args[2], args[5], args[2].type
         starts = [builder.gep(source, [builder.mul(source_row, number(k))]) for k in range(WIDE)]
-        rows = [_read(builder, start, None) for start in starts]
+        rows = [read(builder, start) for start in starts]
         step = 1
         while step < WIDE:
             for k in range(WIDE):
@@ -139,7 +115,7 @@ def _turn_square(
                     rows[k], rows[k + step] = (builder.shuffle_vector(*pair, indices(ks)) for ks in (low, high))
             step *= 2
         for k, row in enumerate(rows):
-            _write(builder, row, builder.gep(target, [builder.mul(target_row, number(k))]), None)
+            write(builder, row, builder.gep(target, [builder.mul(target_row, number(k))]))
         return context.get_dummy_value()
 
     return types.void(source, first, source_row, target, start, target_row), generate

@@ -13,10 +13,29 @@ from numba import prange
 from open_mythos.model.arithmetic.addresses import integers_at
 from open_mythos.model.arithmetic.compiled import INDEX, STACK, VECTOR, compiled, n_parts, parallel, shared
 from open_mythos.model.arithmetic.exponential import exp
-from open_mythos.model.arithmetic.vectors import THERE, rotated, scale_of, scale_row
+from open_mythos.model.arithmetic.registers import WIDE
+from open_mythos.model.arithmetic.seen import (
+    MIXED,
+    ROWS_1,
+    ROWS_4,
+    SPARE,
+    mix_1,
+    mix_4,
+    narrow_1,
+    narrow_4,
+    score_1,
+    score_4,
+)
+from open_mythos.model.arithmetic.vectors import THERE, copied, rotated, scale_of, scale_row
 from open_mythos.model.few_rows.pointwise import rms_norm
 from open_mythos.model.few_rows.products import add_product
 from open_mythos.model.rows import Array, Rows
+
+_TOGETHER = 4
+"""Heads that share what they read of a key."""
+
+_POINTWISE = 4
+"""Norm and rotation of a number take about as long as so many multiplications in a product."""
 
 
 @compiled
@@ -49,9 +68,7 @@ def add_gqa(
     projected = np.zeros((n, qkv.shape[0]), np.float32)
     add_product(normed, qkv, np.float32(1), projected, threads)
     heads = projected.reshape(n, n_heads + 2 * n_kv, width)
-    _place_heads(heads, normed_heads, qk_gain, eps, rotations)
-    _store(projected, n_heads * width, rows, counts, keys)
-    _store(projected, (n_heads + n_kv) * width, rows, counts, values)
+    _place_heads(heads, normed_heads, qk_gain, eps, rotations, rows, counts, keys, values, threads)
     mixed = np.empty((n, n_heads, width), np.float32)
     _attend(heads, keys, values, rows, counts, scale, sink, mixed, threads)
     add_product(mixed.reshape(n, n_heads * width), out, branch_scale, stream, threads)
@@ -95,23 +112,66 @@ def add_mla(
     nope = q.shape[2] - (width - rank)
     row, absorbed = np.empty((n, width), np.float32), np.empty((n, n_heads, width), np.float32)
     _place_latent(low, kv_gain, eps, q, rotations, row, absorbed)
-    _store(row, 0, rows, counts, latent)
+    for i in range(n):
+        _store(row[i], rows[i], counts[i], latent)
     mixed = np.empty((n, n_heads, kv_up.shape[1] - nope), np.float32)
     _attend_latent(q, absorbed, kv_up, latent, rows, counts, scale, sink, mixed, threads)
     add_product(mixed.reshape(n, out.shape[1]), out, branch_scale, stream, threads)
 
 
-@compiled
-def _place_heads(heads: Array, normed: bool, gain: Array, eps: np.float32, rotations: Array) -> None:
-    """RMS norm, gain (queries and keys, width) and rotation of the first of all heads (n, heads, width), in place."""
+@parallel
+def _place_heads(
+    heads: Array,
+    normed: bool,
+    gain: Array,
+    eps: np.float32,
+    rotations: Array,
+    rows: Rows,
+    counts: Rows,
+    keys: Array,
+    values: Array,
+    threads: int,
+) -> None:
+    """RMS norm, gain (queries and keys, width) and rotation of the first of all heads (n, heads, width), in place.
+
+    Keys and values, which are behind the queries, are then stored.
+    """
     n = heads.shape[0]
-    for i in range(n):
+    parts = n_parts(_POINTWISE * heads.size, threads)
+    if parts == 1:  # other threads are started even for nothing
+        _place_rows(heads, normed, gain, eps, rotations, rows, counts, keys, values, 0, n)
+        return
+    for part in prange(parts):
+        first, end = n * part // parts, n * (part + 1) // parts
+        _place_rows(heads, normed, gain, eps, rotations, rows, counts, keys, values, first, end)
+
+
+@compiled
+def _place_rows(
+    heads: Array,
+    normed: bool,
+    gain: Array,
+    eps: np.float32,
+    rotations: Array,
+    rows: Rows,
+    counts: Rows,
+    keys: Array,
+    values: Array,
+    first: int,
+    end: int,
+) -> None:
+    _, n_heads, width = heads.shape
+    n_kv = keys.shape[0]
+    for i in range(first, end):
         rotation = rotations[i % rotations.shape[0]]
         for h in range(gain.shape[0]):
             head = heads[i, h]
             if normed:
                 scale_row(head, scale_of(head, eps), gain[h], head)
             rotated(head, rotation, THERE)
+        own = heads[i].reshape(n_heads * width)
+        _store(own[(n_heads - 2 * n_kv) * width :], rows[i], counts[i], keys)
+        _store(own[(n_heads - n_kv) * width :], rows[i], counts[i], values)
 
 
 @compiled
@@ -139,15 +199,12 @@ def _place_latent(
 
 
 @compiled
-def _store(new: Array, first: int, rows: Rows, counts: Rows, entries: Array) -> None:
-    """Copy what is new of n positions, from channel `first` of new (n, ...) on, to entries (heads, stored, width)."""
+def _store(new: Array, rows: int, count: int, entries: Array) -> None:
+    """Copy what is new of a position, its heads one behind the other, to its row of entries (heads, stored, width)."""
     n_heads, _, width = entries.shape
-    for i in range(new.shape[0]):
-        own = integers_at(rows[i], counts[i] - 1, counts[i])[0]
-        for k in range(n_heads):
-            start = first + k * width
-            for j in range(width):
-                entries[k, own, j] = new[i, start + j]
+    own = integers_at(rows, count - 1, count)[0]
+    for k in range(n_heads):
+        copied(new[k * width : (k + 1) * width], entries[k, own])
 
 
 @parallel
@@ -250,29 +307,60 @@ def _attend_heads(
 
     The first channels of the values, mixed, go to out (n, heads, value width).
     """
-    n, n_heads, width = out.shape
-    n_kv, _, dim = keys.shape
-    group = n_heads // n_kv
-    scores = np.empty(counts.max(), np.float32)
-    for i in range(n):
+    group = out.shape[1] // keys.shape[0]
+    scores = np.empty((_TOGETHER, counts.max() + SPARE), np.float32)
+    for i in range(out.shape[0]):
         seen = integers_at(rows[i], 0, counts[i])
-        for head in range(first, end):
-            query, k = queries[i, head], head // group
-            most = sink[head] if sink.size else np.float32(-np.inf)
-            for s in range(counts[i]):
-                key, total = keys[k, seen[s]], np.float32(0)
-                for j in range(dim):
-                    total += query[j] * key[j]
-                scores[s] = total * scale
-                most = max(most, scores[s])
-            total = exp(sink[head] - most) if sink.size else np.float32(0)
-            for s in range(counts[i]):
-                scores[s] = exp(scores[s] - most)
-                total += scores[s]
-            mixed = out[i, head]
-            for j in range(width):
-                mixed[j] = np.float32(0)
-            for s in range(counts[i]):
-                weight, value = scores[s] / total, values[k, seen[s]]
-                for j in range(width):
-                    mixed[j] += weight * value[j]
+        head = first
+        while head < end:
+            k = head // group
+            stop = min(head + _TOGETHER, (k + 1) * group, end)
+            _score(queries[i], head, stop, keys[k], seen, scores)
+            for h in range(head, stop):
+                _weigh(scores[h - head, : seen.shape[0]], scale, sink[h] if sink.size else np.float32(-np.inf))
+            _mix(scores, values[k], seen, head, stop, out[i])
+            head = stop
+
+
+@compiled
+def _score(queries: Array, head: int, stop: int, keys: Array, seen: Rows, scores: Array) -> None:
+    """Heads `head` to `stop` of a position's queries (heads, dim) by the keys seen, to the first rows of `scores`."""
+    if stop - head == 1:
+        for s in range(0, seen.shape[0], ROWS_1):
+            score_1(queries, head, head, keys, seen, s, scores)
+    else:
+        for s in range(0, seen.shape[0], ROWS_4):
+            score_4(queries, head, stop - 1, keys, seen, s, scores)
+
+
+@compiled
+def _weigh(scores: Array, scale: np.float32, sink: np.float32) -> None:
+    """Exponentials of scaled scores over their sum, in place; the sum has `exp(sink)`, too."""
+    most = sink
+    for s in range(scores.shape[0]):
+        most = max(most, scores[s] * scale)
+    total = exp(sink - most)
+    for s in range(scores.shape[0]):
+        scores[s] = exp(scores[s] * scale - most)
+        total += scores[s]
+    part = np.float32(1) / total
+    for s in range(scores.shape[0]):
+        scores[s] *= part
+
+
+@compiled
+def _mix(weights: Array, values: Array, seen: Rows, head: int, stop: int, out: Array) -> None:
+    """The values seen, mixed by the first rows of `weights`, to the heads `head` to `stop` of out (heads, width)."""
+    done, width = 0, out.shape[1]
+    while done + MIXED <= width:
+        if stop - head == 1:
+            mix_1(weights, values, seen, done, MIXED, out, head, head)
+        else:
+            mix_4(weights, values, seen, done, MIXED, out, head, stop - 1)
+        done += MIXED
+    while done < width:
+        if stop - head == 1:
+            narrow_1(weights, values, seen, done, width - done, out, head, head)
+        else:
+            narrow_4(weights, values, seen, done, width - done, out, head, stop - 1)
+        done += WIDE

@@ -33,23 +33,27 @@ class FewRowsLoop:
         self._injection, self._b = recurrent.injection, as_array(recurrent.injection.B)
         dim = len(self._b)
         self._no_embedding, self._no_scale = np.zeros((1, dim), np.float32), np.empty((1, 0), np.float32)
-        self._down, self._up = np.empty((0, dim), np.float32), np.empty((dim, 0), np.float32)
+        self._down = self._up = np.empty((0, dim), np.float32)
         if recurrent.adapter is not None:
-            self._down, self._up = as_array(recurrent.adapter.down.weight), as_array(recurrent.adapter.up.weight)
+            self._down, self._up = as_array(recurrent.adapter.down.weight), as_array(recurrent.adapter.up.weight).T
 
     def __call__(self, h: Tensor, e: Tensor, t: int, context: ForwardContext, index: int | Tensor) -> Tensor:
         """The next state, from the state h and the encoded input e; `index` is t as each sequence counts its loops."""
         return torch.from_numpy(self.rows(_rows(h), _rows(e), t, context, index)).view_as(h)
 
     def rows(self, h: Array, e: Array, t: int, context: ForwardContext, index: int | Tensor) -> Array:
-        a = context.constant(self, lambda: self._injection.get_A().numpy())
+        a, up = context.constant(self, self._of_weights)
         if isinstance(index, Tensor):
             embedding, scale = self._of_loop(index)
         else:
             embedding, scale = context.constant((self, index), lambda: self._of_loop(index))
         given = self._blocks.given(context, CacheAddress("recurrent", 0, t))
         with self._blocks.threads.lock:
-            return _next_state(h, e, a, self._b, embedding, self._down, scale, self._up, *given)
+            return _next_state(h, e, a, self._b, embedding, self._down, scale, up, *given)
+
+    def _of_weights(self) -> tuple[Array, Array]:
+        """The diagonal of A, and the adapter's up as (rank, dim)."""
+        return self._injection.get_A().numpy(), np.ascontiguousarray(self._up)
 
     def _of_loop(self, index: int | Tensor) -> tuple[Array, Array]:
         """The embedding of a loop and the scale of its adapter, for all positions or for each."""
@@ -80,7 +84,7 @@ def _next_state(
     x = u.copy()
     add_layers(x, rotations, layers, entries, rows, counts, threads)
     if down.shape[0]:
-        adapt(x, u, down, scale, up)
+        adapt(x, u, down, scale, up, threads)
     return x
 
 

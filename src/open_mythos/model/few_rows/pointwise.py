@@ -6,8 +6,9 @@ Main entries: `rms_norm`, `inject`, `adapt`, `halting_probability`.
 from __future__ import annotations
 
 import numpy as np
+from numba import prange
 
-from open_mythos.model.arithmetic.compiled import compiled
+from open_mythos.model.arithmetic.compiled import compiled, n_parts, parallel
 from open_mythos.model.arithmetic.exponential import exp
 from open_mythos.model.arithmetic.vectors import scale_of, scale_row
 from open_mythos.model.rows import Array
@@ -32,24 +33,42 @@ def inject(h: Array, e: Array, a: Array, b: Array, embedding: Array, out: Array)
             out[i, j] = a[j] * h[i, j] + b[j] * e[i, j] + of_loop[j]
 
 
+@parallel
+def adapt(x: Array, u: Array, down: Array, scale: Array, up: Array, threads: int) -> None:
+    """Add to x (n, dim) what the adapter makes of x - u, which is left in u.
+
+    Down and up are (rank, dim), scale is (n, rank), or (1, rank) for all.
+    """
+    n = x.shape[0]
+    parts = n_parts(2 * x.size * down.shape[0], threads)
+    if parts == 1:  # other threads are started even for nothing
+        _adapt(x, u, down, scale, up, 0, n)
+        return
+    for part in prange(parts):
+        _adapt(x, u, down, scale, up, n * part // parts, n * (part + 1) // parts)
+
+
 @compiled
-def adapt(x: Array, u: Array, down: Array, scale: Array, up: Array) -> None:
-    """Add to x (n, dim), in place, what the adapter makes of x - u; scale is (n, rank), or (1, rank) for all."""
-    n, dim = x.shape
-    rank = down.shape[0]
-    low = np.empty(rank, np.float32)
-    for i in range(n):
-        factors = scale[i % scale.shape[0]]
+def _adapt(x: Array, u: Array, down: Array, scale: Array, up: Array, first: int, end: int) -> None:
+    """`adapt` of the rows from `first` to `end`."""
+    rank, dim = down.shape
+    low, fours = np.empty(rank, np.float32), rank // 4 * 4
+    for i in range(first, end):
+        factors, own, branches = scale[i % scale.shape[0]], x[i], u[i]
+        for j in range(dim):
+            branches[j] = own[j] - branches[j]
         for r in range(rank):
             total = np.float32(0)
             for j in range(dim):
-                total += down[r, j] * (x[i, j] - u[i, j])
+                total += down[r, j] * branches[j]
             low[r] = total * factors[r]
-        for j in range(dim):
-            total = np.float32(0)
-            for r in range(rank):
-                total += up[j, r] * low[r]
-            x[i, j] += total
+        for r in range(0, fours, 4):
+            a, b, c, d = low[r], low[r + 1], low[r + 2], low[r + 3]
+            for j in range(dim):
+                own[j] += a * up[r, j] + b * up[r + 1, j] + c * up[r + 2, j] + d * up[r + 3, j]
+        for r in range(fours, rank):
+            for j in range(dim):
+                own[j] += low[r] * up[r, j]
 
 
 @compiled

@@ -10,11 +10,11 @@ from numba import prange
 
 from open_mythos.model.arithmetic.compiled import MATRIX, STACK, compiled, n_parts, parallel, shared
 from open_mythos.model.arithmetic.product import by_turned
+from open_mythos.model.arithmetic.registers import WIDE
 from open_mythos.model.arithmetic.tiles import (
     CHANNELS,
     CHANNELS_16,
     CHANNELS_32,
-    WIDE,
     sums_1,
     sums_2,
     sums_4,

@@ -1,0 +1,138 @@
+"""How compiled code multiplies in LLVM's own terms: vectors that stay in registers, read and written whole or masked.
+
+Main entries: `WIDE`, `REGISTERS`; the others are steps of the intrinsics beside this file, which are given a builder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba.core import cgutils
+
+FLOAT, _INT32, _BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(8)
+_FLAGS = ("reassoc", "contract", "nsz", "arcp")
+_CACHE_LINE = 16
+"""Numbers in a line of the caches."""
+
+
+def _registers() -> tuple[int, int]:
+    """Numbers in a register, and how many registers of sums leave room for what is multiplied."""
+    try:
+        features = llvmlite.binding.get_host_cpu_features()
+    except RuntimeError:  # LLVM does not know them everywhere
+        features = {}
+    return (16, 16) if features.get("avx512f") else (8, 12)
+
+
+WIDE, REGISTERS = _registers()
+VECTOR, _MASK = ir.VectorType(FLOAT, WIDE), ir.VectorType(ir.IntType(1), WIDE)
+"""A register of numbers."""
+
+
+def array_of(context: Any, builder: Any, signature: Any, args: Any, k: int) -> Any:
+    """Argument k, an array."""
+    return context.make_array(signature.args[k])(context, builder, args[k])
+
+
+def start_of(context: Any, builder: Any, signature: Any, args: Any, k: int) -> Any:
+    """Where argument k, an array, has the number that the argument behind it says."""
+    return builder.gep(array_of(context, builder, signature, args, k).data, [args[k + 1]])
+
+
+def row_of(builder: Any, matrix: Any, first: Any, k: int, dim: Any) -> Any:
+    """Where row `first + k` of a matrix begins."""
+    return builder.gep(matrix.data, [builder.mul(builder.add(first, first.type(k)), dim)])
+
+
+def up_to(builder: Any, first: Any, n: int, last: Any) -> list[Any]:
+    """The n numbers from `first` on; for those behind the last, the last again."""
+    numbers = [builder.add(first, first.type(k)) for k in range(n)]
+    return [builder.select(builder.icmp_signed("<", number, last), number, last) for number in numbers]
+
+
+def zeros(builder: Any, n: int, vectors: Any = VECTOR) -> list[Any]:
+    """Sums that have just begun."""
+    none = ir.Constant(vectors, [0.0] * vectors.count)
+    return [cgutils.alloca_once_value(builder, none) for _ in range(n)]
+
+
+def mask_of(builder: Any, n: Any) -> Any:
+    """A mask of the first n numbers of a vector."""
+    whole = ir.VectorType(n.type, WIDE)
+    return builder.icmp_signed("<", ir.Constant(whole, list(range(WIDE))), repeated(builder, n, whole))
+
+
+def read(builder: Any, pointer: Any, mask: Any = None, vectors: Any = VECTOR) -> Any:
+    """A vector, zeros where it is masked."""
+    pointer = builder.bitcast(pointer, vectors.as_pointer())
+    if mask is None:
+        return builder.load(pointer, align=4)
+    kind = ir.FunctionType(VECTOR, [VECTOR.as_pointer(), _INT32, _MASK, VECTOR])
+    load = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.load.v{WIDE}f32.p0v{WIDE}f32")
+    return builder.call(load, [pointer, _INT32(4), mask, ir.Constant(VECTOR, [0.0] * WIDE)])
+
+
+def write(builder: Any, vector: Any, pointer: Any, mask: Any = None) -> None:
+    """Store a vector, where it is masked nothing."""
+    pointer = builder.bitcast(pointer, vector.type.as_pointer())
+    if mask is None:
+        builder.store(vector, pointer, align=4)
+        return
+    kind = ir.FunctionType(ir.VoidType(), [VECTOR, VECTOR.as_pointer(), _INT32, _MASK])
+    store = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.store.v{WIDE}f32.p0v{WIDE}f32")
+    builder.call(store, [vector, pointer, _INT32(4), mask])
+
+
+def repeated(builder: Any, number: Any, vectors: Any = VECTOR) -> Any:
+    """A vector of one number."""
+    alone = builder.insert_element(ir.Constant(vectors, ir.Undefined), number, _INT32(0))
+    return builder.shuffle_vector(alone, alone, indices([0] * vectors.count))
+
+
+def add_products(builder: Any, totals: list[Any], a: list[Any], b: list[Any]) -> None:
+    """`total += a * b` for each of the three's numbers."""
+    for total, one, other in zip(totals, a, b, strict=True):
+        product = builder.fmul(one, other, flags=_FLAGS)
+        builder.store(builder.fadd(builder.load(total), product, flags=_FLAGS), total)
+
+
+def fetch(builder: Any, data: Any, place: Any, n: int) -> None:
+    """Ask for n numbers that will be read soon, line by line; it may be asked for what is not there."""
+    address = _BYTE.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [address, _INT32, _INT32, _INT32])
+    ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    for first in range(0, n, _CACHE_LINE):
+        pointer = builder.gep(data, [builder.add(place, place.type(first))])
+        builder.call(ask, [builder.bitcast(pointer, address), _INT32(0), _INT32(3), _INT32(1)])
+
+
+def sum_of(builder: Any, vector: Any) -> Any:
+    """The sum of a vector's numbers."""
+    while vector.type.count > 1:
+        half = vector.type.count // 2
+        low, high = (builder.shuffle_vector(vector, vector, indices(range(first, first + half))) for first in (0, half))
+        vector = builder.fadd(low, high, flags=_FLAGS)
+    return builder.extract_element(vector, _INT32(0))
+
+
+def sums_of(builder: Any, vectors: list[Any]) -> list[Any]:
+    """The sums of each of the vectors' numbers, in order: 16 of them in `16 / WIDE` vectors."""
+    size = WIDE
+    while size > 1:
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [_sums_of_pair(builder, *pair) for pair in pairs]
+        size //= 2
+    return vectors
+
+
+def _sums_of_pair(builder: Any, a: Any, b: Any) -> Any:
+    """Sums of neighbours: those of a in the first half, those of b in the second."""
+    even, odd = (builder.shuffle_vector(a, b, indices(range(first, 2 * WIDE, 2))) for first in (0, 1))
+    return builder.fadd(even, odd, flags=_FLAGS)
+
+
+def indices(places: Any) -> Any:
+    """Places of a vector's numbers, for a shuffle."""
+    return ir.Constant(ir.VectorType(_INT32, len(places)), list(places))
