@@ -15,7 +15,7 @@ NOBODY = torch.tensor([], dtype=torch.int64)
 
 
 def _choose(params: SamplingParams, random: torch.Generator) -> Choice:
-    return choose_all(LOGITS.unsqueeze(0), [Asked(params, [], random)])[0]
+    return choose_all(LOGITS.unsqueeze(0), [Asked(params, [], random, 0)])[0]
 
 
 def test_filters_leave_the_likeliest() -> None:

@@ -97,7 +97,7 @@ class Engine:
         model: OpenMythos,
         *,
         tokenizer: TextTokenizer | None = None,
-        max_batch_tokens: int = 512,
+        max_batch_tokens: int = 2048,
         cache_bytes: int = 2**28,
         sharing: CacheSharing | None = None,
         reuse_prefixes: bool = True,
@@ -369,7 +369,7 @@ class Engine:
         ]
         for (request, _), line in zip(guessing, logits[len(final) :], strict=True):
             if request.index in self._begun and not request.pending:
-                draft = draw_draft(line, Asked(request.params, request.tokens, request.random))
+                draft = draw_draft(line, Asked(request.params, request.tokens, request.random, len(request.tokens)))
                 request.drafts.append(draft)
                 request.tokens.append(draft.token)
                 self._stats.drafted += 1
@@ -427,9 +427,9 @@ class Engine:
 
 def _asked(request: Request) -> Asked:
     """What choosing the token after a request's final positions takes."""
-    seen = request.tokens[: request.done + request.turn]
-    n_new = len(request.output.token_ids)
-    return Asked(request.params, seen, request.random, n_new, next(iter(request.drafts), None))
+    n_seen, n_new = request.done + request.turn, len(request.output.token_ids)
+    draft = request.drafts[0] if request.drafts else None
+    return Asked(request.params, request.tokens, request.random, n_seen, n_new, draft)
 
 
 def _settings(request: Request) -> Hashable:

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from open_mythos.model.rows import Bools
+
 Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 
 
 class Flight:
@@ -82,8 +83,9 @@ class Flight:
         if len(lines) == 1:
             return lines, []
         owner, loop = self.owner[lines], self.loop[lines]
-        starts = np.flatnonzero(np.r_[True, (owner[1:] != owner[:-1]) | (loop[1:] != loop[:-1])])
-        lengths = np.diff(starts, append=len(lines))
-        several = lengths > 1
-        blocks = [lines[at : at + n] for at, n in zip(starts[several], lengths[several], strict=True)]
-        return lines[starts[~several]], blocks
+        ends = np.flatnonzero((owner[1:] != owner[:-1]) | (loop[1:] != loop[:-1])) + 1
+        if len(ends) == len(lines) - 1:  # as when all requests are beyond their prompts
+            return lines, []
+        runs = np.split(lines, ends)
+        singles = [run for run in runs if len(run) == 1]
+        return np.concatenate([lines[:0], *singles]), [run for run in runs if len(run) > 1]

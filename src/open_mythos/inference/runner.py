@@ -6,7 +6,7 @@ Main entry: `Runner`. It calls the model's own three stages, head and halting, a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +16,17 @@ from torch.nn.functional import linear
 from open_mythos.inference.cache import PagedCache
 from open_mythos.inference.compiled import CompiledWaves, Stage
 from open_mythos.inference.exit import ExitRule, LoopView
-from open_mythos.inference.flight import Bools, Flight, Ints
+from open_mythos.inference.flight import Flight, Ints
 from open_mythos.inference.request import Request, Turn
 from open_mythos.inference.wave import Lane, WaveContext
 from open_mythos.model.context import Constants, ForwardContext, StandIn
 from open_mythos.model.few_rows.stand_ins import FewRows
-from open_mythos.model.halting import has_moved
+from open_mythos.model.halting import ACTHalting, has_moved
 from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.rows import Bools
+
+if TYPE_CHECKING:
+    from open_mythos.model.few_rows.loop import FewRowsHalting
 
 
 class Failure(NamedTuple):
@@ -73,7 +77,7 @@ class Runner:
                 Lane(requests[int(flight.owner[run[0]])].table, flight.position[run], int(flight.loop[run[0]]))
             )
         lines = np.concatenate([singles, *blocks])
-        index = None if len(lines) == len(flight) and (lines[1:] > lines[:-1]).all() else self._there(lines)
+        index = self._index(lines)
         h, e = _of(flight.h, index), _of(flight.e, index)
         t = self._there(flight.loop[lines])
         own_index = int(flight.loop[lines[0]]) if len(lines) == 1 else t.view(1, -1, 1)
@@ -87,17 +91,25 @@ class Runner:
         flight = self.flight
         order = sorted(range(len(turns)), key=lambda i: len(turns[i].lines) > 1)
         ordered = [turns[i] for i in order]
-        lines = np.concatenate([np.arange(turn.lines.start, turn.lines.stop) for turn in ordered])
+        lines = np.array([line for turn in ordered for line in turn.lines])
         lanes = []
         for request, own in ordered:
             positions = flight.position[own.start : own.stop]
             lanes.append(Lane(request.table, int(positions[0]) if len(own) == 1 else positions, None))
-        states = self._outputs()[self._there(lines)]
+        states = _of(self._outputs(), self._index(lines))
         features = self._run(_features, lanes, states[None], place=False)[0]
-        last = np.cumsum([len(turn.lines) for turn in ordered]) - 1
-        context = self.model.context(len(last))
-        context.stand_ins = self._stand_ins_at_ends(len(last))
-        return self.model.logits(features[self._there(last[np.argsort(order)])], context)
+        if len(lines) > len(turns) or order != sorted(order):
+            last = np.cumsum([len(turn.lines) for turn in ordered]) - 1
+            features = features[self._there(last[np.argsort(order)])]
+        context = self.model.context(len(turns))
+        context.stand_ins = self._stand_ins_at_ends(len(turns))
+        return self.model.logits(features, context)
+
+    def _index(self, lines: Ints) -> Tensor | None:
+        """Lines of the flight as an index of its tensors; None for all of them in order."""
+        if len(lines) == len(self.flight) and (lines[1:] > lines[:-1]).all():
+            return None
+        return self._there(lines)
 
     def _outputs(self) -> Tensor:
         """What the coda reads of every line, were this its last loop."""
@@ -118,20 +130,30 @@ class Runner:
     ) -> list[Failure]:
         """Weigh the states after a loop, as `ACTAccumulator` does, or as `SettledState`, and halt who is done."""
         flight, act = self.flight, self.model.recurrent.act
-        stops = self._there(flight.loop[lines] + 1 >= flight.most[lines])
+        stops = flight.loop[lines] + 1 >= flight.most[lines]
         if self.model.config.halting == "settled":
-            stops |= self._there(self._at_rest(lines, before, after))
+            stops |= self._at_rest(lines, before, after)
         failures = self._ask_rules(requests, lines, t, before, after, stops)
         flight.h = _put(flight.h, index, after)
         if act is not None:
-            p, mass = self._stand_ins_at_ends(len(after)).get(act, act)(after), _of(flight.mass, index)
-            stops |= mass + p >= self.model.config.act_threshold
-            weight = torch.where(stops, 1 - mass, p)
-            flight.mass = _put(flight.mass, index, mass + weight)
-            output = torch.addcmul(_of(flight.output, index), weight.unsqueeze(-1), after)
-            flight.output = _put(flight.output, index, output)
-        flight.active[lines] = ~stops.cpu().numpy()
+            stops = self._weigh(act, lines, index, after, stops)
+        flight.active[lines] = ~stops
         return failures
+
+    def _weigh(self, act: ACTHalting, lines: Ints, index: Tensor | None, after: Tensor, stops: Bools) -> Bools:
+        """Add states to the flight's output; which of the lines stop, as those of `stops` do in any case."""
+        flight, threshold = self.flight, self.model.config.act_threshold
+        compiled: FewRowsHalting | None = self._stand_ins_at_ends(len(after)).get(act)  # type: ignore[assignment]
+        if compiled is not None:
+            compiled.weigh(after.numpy(), threshold, lines, stops, flight.mass.numpy(), flight.output.numpy())
+            return stops
+        p, mass = act(after), _of(flight.mass, index)
+        stop = self._there(stops) | (mass + p >= threshold)
+        weight = torch.where(stop, 1 - mass, p)
+        flight.mass = _put(flight.mass, index, mass + weight)
+        output = torch.addcmul(_of(flight.output, index), weight.unsqueeze(-1), after)
+        flight.output = _put(flight.output, index, output)
+        return stop.cpu().numpy()
 
     def _at_rest(self, lines: Ints, before: Tensor, after: Tensor) -> Bools:
         """Which of the lines rest, as do all before them in their request; what runs of one is at the same loop."""
@@ -144,7 +166,7 @@ class Runner:
         return (so_far == (so_far - moved)[first])[lines]
 
     def _ask_rules(
-        self, requests: Mapping[int, Request], lines: Ints, t: Tensor, before: Tensor, after: Tensor, stops: Tensor
+        self, requests: Mapping[int, Request], lines: Ints, t: Tensor, before: Tensor, after: Tensor, stops: Bools
     ) -> list[Failure]:
         """Set `stops` where an exit rule says so; a rule that raises fails the requests that have it, and no others."""
         flight, failures = self.flight, list[Failure]()
@@ -165,7 +187,7 @@ class Runner:
             )
             try:
                 exits, memory = rule.exits(view)
-                stops[own] |= exits
+                stops[who] |= exits.cpu().numpy()
             except Exception as error:  # the rule may be anybody's code
                 for owner in sorted(set(flight.owner[lines[who]].tolist())):
                     failures.append(Failure(owner, f"exit_rule {rule!r} raised {type(error).__name__}: {error}"))

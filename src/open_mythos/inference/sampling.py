@@ -85,11 +85,13 @@ class Asked(NamedTuple):
     """What choosing a token takes beside logits."""
 
     params: SamplingParams
-    seen: Sequence[int]
-    """The request's tokens so far."""
+    tokens: Sequence[int]
+    """The request's tokens, drafts included."""
     random: torch.Generator
+    n_seen: int
+    """How many of these are before the one to choose."""
     n_new: int = 0
-    """How many of these are new."""
+    """How many of those are new."""
     draft: Draft | None = None
     """A guess to verify."""
 
@@ -97,14 +99,15 @@ class Asked(NamedTuple):
 def choose_all(logits: Tensor, asked: Sequence[Asked]) -> list[Choice]:
     """The next token of each request, from logits (requests, vocab_size)."""
     logits = logits.float()
-    best = logits.argmax(-1).tolist()
-    return [
-        Choice(
-            token := likeliest if _is_plain(one.params) else _choose(line, one),
-            float(line.log_softmax(-1)[token]) if one.params.logprobs else None,
-        )
-        for line, likeliest, one in zip(logits, best, asked, strict=True)
-    ]
+    # NumPy's takes a sixth of the time on a CPU.
+    best = (logits.detach().numpy() if logits.is_cpu else logits).argmax(-1).tolist()
+    return [_choice(logits, i, likeliest, one) for i, (likeliest, one) in enumerate(zip(best, asked, strict=True))]
+
+
+def _choice(logits: Tensor, line: int, likeliest: int, asked: Asked) -> Choice:
+    """The next token of the request of that line."""
+    token = likeliest if _is_plain(asked.params) else _choose(logits[line], asked)
+    return Choice(token, float(logits[line].log_softmax(-1)[token]) if asked.params.logprobs else None)
 
 
 def draw_draft(logits: Tensor, asked: Asked) -> Draft:
@@ -129,7 +132,7 @@ def _is_plain(params: SamplingParams) -> bool:
 def _probabilities(logits: Tensor, asked: Asked) -> Tensor:
     params, logits = asked.params, logits.cpu()
     if params.repetition_penalty != 1:
-        seen = torch.tensor(asked.seen)
+        seen = torch.tensor(asked.tokens[: asked.n_seen])
         logits = penalised(logits, seen, params.repetition_penalty)
     return distribution(logits, params)
 

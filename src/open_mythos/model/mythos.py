@@ -120,6 +120,8 @@ class OpenMythos(nn.Module):
         return context
 
     def _run(self, blocks: nn.ModuleList, stage: Stage, x: Tensor, context: ForwardContext) -> Tensor:
+        if blocks in context.stand_ins:
+            return context.stand_ins[blocks](x, context, CacheAddress(stage, 0))
         for layer, block in enumerate(blocks):
             x = block(x, context, CacheAddress(stage, layer))
         return x

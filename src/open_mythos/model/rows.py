@@ -14,6 +14,7 @@ from torch import Tensor
 
 Array: TypeAlias = npt.NDArray[np.float32]
 Rows: TypeAlias = npt.NDArray[np.int64]
+Bools: TypeAlias = npt.NDArray[np.bool_]
 
 
 class Seen(NamedTuple):

@@ -37,7 +37,8 @@ class FewRowsBlocks:
     """
 
     def __init__(self, layers: Sequence[Layer], threads: Threads) -> None:
-        self._layers, self.threads, self._window = layers, threads, layers[0].window
+        self._layers, self.threads = layers, threads
+        self._window = layers[0].window if layers else None
         self._table = table(layers)
 
     def __call__(self, x: Tensor, context: ForwardContext, address: CacheAddress) -> Tensor:
@@ -48,6 +49,8 @@ class FewRowsBlocks:
 
     def add_to(self, stream: Array, context: ForwardContext, first: CacheAddress) -> None:
         """Add to the stream (positions, dim) what the blocks add to it, in place; the first one is at `first`."""
+        if not self._layers:
+            return
         with self.threads.lock:
             _run(stream, *self.given(context, first))
 

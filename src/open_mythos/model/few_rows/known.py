@@ -33,7 +33,8 @@ _FORWARD: dict[type[nn.Module], Any] = {kind: kind.forward for kind in _KNOWN}
 # What asks for its stand-in where it computes, so that its own hooks run as ever.
 _ASKS_ITSELF = (Block, RecurrentBlock)
 _STOOD_IN_FOR = (*_ASKS_ITSELF, RMSNorm, ACTHalting)
-HEADS = (nn.Linear, nn.Embedding)
+WHOLES = (nn.Linear, nn.Embedding, nn.ModuleList)
+"""What is asked for by the model itself, head or stage, which no hook of theirs then sees."""
 
 
 def collect(module: nn.Module, plain: list[nn.Module]) -> bool:

@@ -22,7 +22,7 @@ from open_mythos.model.few_rows.products import add_product
 from open_mythos.model.halting import ACTHalting
 from open_mythos.model.norm import RMSNorm
 from open_mythos.model.recurrent import RecurrentBlock
-from open_mythos.model.rows import Array, Rows, as_array
+from open_mythos.model.rows import Array, Bools, Rows, as_array
 
 
 class FewRowsLoop:
@@ -44,7 +44,7 @@ class FewRowsLoop:
     def rows(self, h: Array, e: Array, t: int, context: ForwardContext, index: int | Tensor) -> Array:
         a, up = context.constant(self, self._of_weights)
         if isinstance(index, Tensor):
-            embedding, scale = self._of_loop(index)
+            embedding, scale = self._of_loops(index.view(-1).numpy(), context)
         else:
             embedding, scale = context.constant((self, index), lambda: self._of_loop(index))
         given = self._blocks.given(context, CacheAddress("recurrent", 0, t))
@@ -54,6 +54,13 @@ class FewRowsLoop:
     def _of_weights(self) -> tuple[Array, Array]:
         """The diagonal of A, and the adapter's up as (rank, dim)."""
         return self._injection.get_A().numpy(), np.ascontiguousarray(self._up)
+
+    def _of_loops(self, loops: Rows, context: ForwardContext) -> tuple[Array, Array]:
+        """`_of_loop` of each position's loop."""
+        n = 1 << int(loops.max()).bit_length()  # more than is asked for, so that few tables are made
+        tables = context.constant((self, "loops", n), lambda: self._of_loop(torch.arange(n).view(n, 1, 1)))
+        embedding, scale = (table if len(table) == 1 else table[loops] for table in tables)
+        return embedding, scale
 
     def _of_loop(self, index: int | Tensor) -> tuple[Array, Array]:
         """The embedding of a loop and the scale of its adapter, for all positions or for each."""
@@ -118,26 +125,36 @@ class FewRowsHalting:
         halting_probability(h, self._weight, self._bias, self._eps, out)
         return out
 
-    def weigh(self, h: Array, threshold: float, last: bool, mass: Array, output: Array) -> bool:
-        """Add a position's state h (1, dim) to the output with its weight; whether it stops, as it does at the `last`.
+    def weigh(self, h: Array, threshold: float, lines: Rows, stops: Bools, mass: Array, output: Array) -> None:
+        """Add states h (n, dim) to some `lines` (n,) of the output, each with its weight, as `ACTAccumulator` does.
 
-        `mass` (1,) is the sum of the weights so far. As `ACTAccumulator` does.
+        `mass` is the sum of each line's weights so far. Set `stops` (n,) where it ends here, if it is not set before.
         """
-        return _weigh(h, self._weight, self._bias, self._eps, np.float32(threshold), last, mass, output)
+        _weigh(h, self._weight, self._bias, self._eps, np.float32(threshold), lines, stops, mass, output)
 
 
 @compiled
 def _weigh(
-    h: Array, weight: Array, bias: Array, eps: np.float32, threshold: np.float32, last: bool, mass: Array, output: Array
-) -> bool:
-    p = np.empty(1, np.float32)
+    h: Array,
+    weight: Array,
+    bias: Array,
+    eps: np.float32,
+    threshold: np.float32,
+    lines: Rows,
+    stops: Bools,
+    mass: Array,
+    output: Array,
+) -> None:
+    p = np.empty(h.shape[0], np.float32)
     halting_probability(h, weight, bias, eps, p)
-    stops = last or mass[0] + p[0] >= threshold
-    share = np.float32(1) - mass[0] if stops else p[0]
-    for j in range(h.shape[1]):
-        output[0, j] += share * h[0, j]
-    mass[0] += share
-    return stops
+    for i in range(h.shape[0]):
+        line, state = lines[i], h[i]
+        own = output[line]
+        stops[i] |= mass[line] + p[i] >= threshold
+        share = np.float32(1) - mass[line] if stops[i] else p[i]
+        mass[line] += share
+        for j in range(state.shape[0]):
+            own[j] += share * state[j]
 
 
 class FewRowsHead:

@@ -1,6 +1,6 @@
 """Which modules are computed by something else in a pass over few positions, and by what.
 
-Main entry: `FewRows`. On a CPU, such a pass is bound by how many operations it makes, not by their size.
+Main entry: `FewRows`. On a CPU, a pass over very few is bound by how many operations it makes, not by their size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import nn
 
 from open_mythos.model.block import Block
 from open_mythos.model.context import StandIn
-from open_mythos.model.few_rows.known import HEADS, collect, compiles, has_global_hooks, is_patched
+from open_mythos.model.few_rows.known import WHOLES, collect, compiles, has_global_hooks, is_patched
 from open_mythos.model.halting import ACTHalting
 from open_mythos.model.norm import RMSNorm
 from open_mythos.model.recurrent import RecurrentBlock
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from open_mythos.model.few_rows.token import FewRowsToken
     from open_mythos.model.mythos import OpenMythos
 
-# Above so many positions arithmetic outweighs the number of operations; above so many keys, or pairs of a position and
-# a key that it sees where positions are few, PyTorch's attention is faster.
-_MOST, _MOST_KEYS, _MOST_PAIRS = 512, 128, 4096
+# Above so many keys, or pairs of a position and a key that it sees where positions are few, PyTorch's attention over
+# blocks of queries is faster (docs/experiments.md).
+_MOST, _MOST_KEYS, _MOST_PAIRS = 2048, 2048, 2**20
 
 
 class FewRows:
@@ -39,7 +39,7 @@ class FewRows:
         parts = [part for part in model._modules.values() if part is not None]
         all_known = [collect(part, plain) for part in parts]
         self._whole = all(all_known) and not is_patched(model)  # and nothing looks at what goes on in it
-        plain += [part for part, known in zip(parts, all_known, strict=True) if known and isinstance(part, HEADS)]
+        plain += [part for part, known in zip(parts, all_known, strict=True) if known and isinstance(part, WHOLES)]
         self._threads: Threads | None = None
         self._layers: dict[nn.Module, Layer] = {}
         self._found: dict[nn.Module, StandIn] = {}
@@ -70,25 +70,20 @@ class FewRows:
         if threads is None or not self._whole or model.config.halting == "settled":
             return None
         act, head = model.recurrent.act, model.head or model.embed
-        parts = (*model.prelude, model.prelude_norm, model.recurrent, *model.coda, model.norm, head)
+        parts = (model.prelude, model.prelude_norm, model.recurrent, model.coda, model.norm, head)
         if not all(part in self._found for part in parts):
             return None
-        from open_mythos.model.few_rows.block import FewRowsBlocks
         from open_mythos.model.few_rows.token import FewRowsToken
 
-        stages = [[self._layers[block] for block in blocks] for blocks in (model.prelude, model.coda)]
-        if not all(_is_uniform(stage) for stage in stages):
-            return None
-        prelude, coda = (FewRowsBlocks(stage, threads) if stage else None for stage in stages)
         found: dict[nn.Module, Any] = self._found
         return FewRowsToken(
             config=model.config,
             embedding=as_array(model.embed.weight),
-            prelude=prelude,
+            prelude=found[model.prelude],
             prelude_norm=found[model.prelude_norm],
             loop=found[model.recurrent],
             halting=None if act is None else found[act],
-            coda=coda,
+            coda=found[model.coda],
             norm=found[model.norm],
             head=found[head],
         )
@@ -112,6 +107,10 @@ def _stand_ins(modules: list[nn.Module], layers: dict[nn.Module, Layer], threads
     found: dict[nn.Module, StandIn] = {block: FewRowsBlocks([layer], threads) for block, layer in layers.items()}
     for module in modules:
         match module:
+            case nn.ModuleList():
+                stage = [layers[block] for block in module]
+                if _is_uniform(stage):
+                    found[module] = FewRowsBlocks(stage, threads)
             case RecurrentBlock():
                 stage = [layers[block] for block in module.blocks]
                 if _is_uniform(stage):

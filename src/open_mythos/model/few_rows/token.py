@@ -24,22 +24,20 @@ class FewRowsToken(NamedTuple):
 
     config: MythosConfig
     embedding: Array
-    prelude: FewRowsBlocks | None
+    prelude: FewRowsBlocks
     prelude_norm: FewRowsNorm
     loop: FewRowsLoop
     halting: FewRowsHalting | None
-    coda: FewRowsBlocks | None
+    coda: FewRowsBlocks
     norm: FewRowsNorm
     head: FewRowsHead
 
     def run(self, token: int, n_loops: int, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """Logits (1, 1, vocab_size) after a token, and how many loops it ran, (1, 1)."""
         x = self.embedding[token : token + 1] * np.float32(self.config.dim**0.5)
-        if self.prelude is not None:
-            self.prelude.add_to(x, context, CacheAddress("prelude", 0))
+        self.prelude.add_to(x, context, CacheAddress("prelude", 0))
         x, exit_loop = self._loops(self.prelude_norm.rows(x), n_loops, context)
-        if self.coda is not None:
-            self.coda.add_to(x, context, CacheAddress("coda", 0))
+        self.coda.add_to(x, context, CacheAddress("coda", 0))
         logits = self.head.rows(self.norm.rows(x))
         return torch.from_numpy(logits).unsqueeze(0), torch.full((1, 1), exit_loop, dtype=torch.int32)
 
@@ -47,8 +45,12 @@ class FewRowsToken(NamedTuple):
         """The state for the coda and the loops that it took."""
         h = e if self.config.state_init == "input" else np.zeros_like(e)
         output, mass, threshold = np.zeros_like(e), np.zeros(1, np.float32), self.config.act_threshold
+        line, stops = np.zeros(1, np.int64), np.zeros(1, np.bool_)
         for t in range(n_loops):
             h = self.loop.rows(h, e, t, context, t)
-            if self.halting is not None and self.halting.weigh(h, threshold, t + 1 == n_loops, mass, output):
-                return output, t + 1
+            if self.halting is not None:
+                stops[0] = t + 1 == n_loops
+                self.halting.weigh(h, threshold, line, stops, mass, output)
+                if stops[0]:
+                    return output, t + 1
         return h, n_loops
