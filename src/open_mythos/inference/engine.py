@@ -361,7 +361,7 @@ class Engine:
         stays = np.ones(len(flight), np.bool_)
         for turn in final:
             stays[turn.lines.start : turn.lines.stop] = False
-        exits = [int(flight.loop[turn.lines[-1]]) for turn in final]
+        exits = flight.loop[[turn.lines[-1] for turn in final]].tolist()
         choices = choose_all(logits[: len(final)], [_asked(turn.request) for turn in final])
         events = [
             self._next_token(turn.request, choice, exit_loops, stays)
@@ -392,7 +392,8 @@ class Engine:
             request.drafts.pop(0)
             self._stats.accepted += 1
         else:
-            self._drop_guesses(request, stays)
+            if request.drafts:
+                self._drop_guesses(request, stays)
             request.tokens.append(choice.token)
         before = len(output.text or "")
         if choice.token in params.stop_tokens or request.add_text(choice.token):

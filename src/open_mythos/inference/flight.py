@@ -1,9 +1,11 @@
 """The positions that are being computed, of all requests, in one structure of arrays.
 
-Main entry: `Flight`.
+Main entries: `Flight`, `Running`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +15,15 @@ from torch import Tensor
 from open_mythos.model.rows import Bools
 
 Ints = NDArray[np.int64]
+
+
+class Running(NamedTuple):
+    """Lines that have not halted: first those alone in their request and loop, then runs of several, side by side."""
+
+    lines: Ints
+    firsts: Ints
+    """The line that each run begins with."""
+    lengths: list[int]
 
 
 class Flight:
@@ -34,6 +45,7 @@ class Flight:
         """How many loops the last position has run that the request had encoded before."""
         self.active: Bools = np.empty(0, np.bool_)
         """False once it has halted."""
+        self._running: Running | None = None
         empty = like.new_empty(0, dim)
         self.h, self.e, self.output, self.mass = empty, empty, empty, empty[:, 0]
         """State, encoded input, mean of states so far (lines, dim); halting probability spent (lines,)."""
@@ -45,6 +57,7 @@ class Flight:
 
     def add(self, owner: Ints, position: Ints, most: Ints, reached: Ints, h: Tensor, e: Tensor) -> None:
         """New lines that have not run a loop yet."""
+        self._running = None
         n = len(owner)
         self.owner, self.position = np.concatenate([self.owner, owner]), np.concatenate([self.position, position])
         self.most, self.reached = np.concatenate([self.most, most]), np.concatenate([self.reached, reached])
@@ -61,6 +74,7 @@ class Flight:
         """Remove all others."""
         if lines.all():
             return
+        self._running = None
         self.owner, self.position, self.loop = self.owner[lines], self.position[lines], self.loop[lines]
         self.most, self.reached, self.active = self.most[lines], self.reached[lines], self.active[lines]
         index = torch.from_numpy(np.flatnonzero(lines)).to(self.h.device)
@@ -77,15 +91,23 @@ class Flight:
             ends[owner] = first, line
         return ends
 
-    def runs(self) -> tuple[Ints, list[Ints]]:
-        """Lines that have not halted: those alone in their request and loop, and runs of several."""
+    def halt(self, lines: Ints) -> None:
+        """These do not run again."""
+        if len(lines):
+            self.active[lines], self._running = False, None
+
+    @property
+    def running(self) -> Running:
+        """What has not halted; the same object until that changes."""
+        if self._running is None:
+            self._running = self._find_running()
+        return self._running
+
+    def _find_running(self) -> Running:
         lines = np.flatnonzero(self.active)
-        if len(lines) == 1:
-            return lines, []
         owner, loop = self.owner[lines], self.loop[lines]
         ends = np.flatnonzero((owner[1:] != owner[:-1]) | (loop[1:] != loop[:-1])) + 1
         if len(ends) == len(lines) - 1:  # as when all requests are beyond their prompts
-            return lines, []
-        runs = np.split(lines, ends)
-        singles = [run for run in runs if len(run) == 1]
-        return np.concatenate([lines[:0], *singles]), [run for run in runs if len(run) > 1]
+            return Running(lines, lines, [1] * len(lines))
+        runs = sorted(np.split(lines, ends), key=lambda run: len(run) > 1)
+        return Running(np.concatenate(runs), np.array([run[0] for run in runs]), [len(run) for run in runs])

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from open_mythos.inference.cache import PagedCache
+from open_mythos.inference.cache import PagedCache, RowTable
 from open_mythos.inference.compiled import CompiledWaves, Stage
 from open_mythos.inference.exit import ExitRule, LoopView
-from open_mythos.inference.flight import Flight, Ints
+from open_mythos.inference.flight import Flight, Ints, Running
 from open_mythos.inference.request import Request, Turn
-from open_mythos.inference.wave import Lane, WaveContext
+from open_mythos.inference.wave import Lane, Places, WaveContext
 from open_mythos.model.context import Constants, ForwardContext, StandIn
 from open_mythos.model.few_rows.stand_ins import FewRows
 from open_mythos.model.halting import ACTHalting, has_moved
@@ -36,6 +36,19 @@ class Failure(NamedTuple):
     error: str
 
 
+class _Company(NamedTuple):
+    """Who runs together."""
+
+    running: Running
+    chosen: Tensor | None
+    """Its lines as an index of the flight's tensors, as `_index` has it."""
+    tables: list[RowTable]
+    """Of each run's request."""
+    places: Places
+    asking: dict[ExitRule, list[int]]
+    """Which of the lines ask which rule."""
+
+
 class Runner:
     """Runs waves of requests through a model."""
 
@@ -46,6 +59,7 @@ class Runner:
         self.flight = Flight(model.config.dim, self._like)
         self._constants: Constants = {}
         self._few: FewRows | None = None
+        self._latest: _Company | None = None
 
     def rest(self) -> None:
         """Nothing is being computed, and weights may have changed."""
@@ -55,9 +69,10 @@ class Runner:
         """Put the positions of each request that have not been encoded yet into the flight."""
         requests = sorted(requests, key=lambda request: len(request.pending) > 1)
         places = [np.arange(r.encoded, len(r.tokens)) for r in requests]
-        lanes = [Lane(r.table, r.encoded if len(at) == 1 else at, None) for r, at in zip(requests, places, strict=True)]
+        each = [r.encoded if len(at) == 1 else at for r, at in zip(requests, places, strict=True)]
+        lanes = [Lane(r.table, at, None) for r, at in zip(requests, each, strict=True)]
         ids = torch.tensor([[token for r in requests for token in r.pending]], device=self._like.device)
-        e = self._run(_encode, lanes, ids)
+        e = self._run(_encode, lanes, Places(each, self.model.config.outer_reach), ids)
         h = self.model.recurrent.initial_state(e)
         counts = [len(at) for at in places]
         told = [(r.index, r.n_loops, r.table.exits[r.encoded - 1] if r.encoded else 0) for r in requests]
@@ -68,23 +83,36 @@ class Runner:
 
     def loop(self, requests: Mapping[int, Request]) -> list[Failure]:
         """One loop of every position that has not halted, each at its own loop; some then halt."""
-        flight = self.flight
-        singles, blocks = flight.runs()
-        single = zip(*(x[singles].tolist() for x in (flight.owner, flight.position, flight.loop)), strict=True)
-        lanes = [Lane(requests[owner].table, position, loop) for owner, position, loop in single]
-        for run in blocks:
-            lanes.append(
-                Lane(requests[int(flight.owner[run[0]])].table, flight.position[run], int(flight.loop[run[0]]))
-            )
-        lines = np.concatenate([singles, *blocks])
-        index = self._index(lines)
+        flight, company = self.flight, self._company(requests)
+        lines, index = company.running.lines, company.chosen
+        loops = flight.loop[company.running.firsts].tolist()
+        lanes = [Lane(*lane) for lane in zip(company.tables, company.places.each, loops, strict=True)]
         h, e = _of(flight.h, index), _of(flight.e, index)
         t = self._there(flight.loop[lines])
-        own_index = int(flight.loop[lines[0]]) if len(lines) == 1 else t.view(1, -1, 1)
-        new = self._run(_loop, lanes, h[None], e[None], own_index)[0]
-        failures = self._settle(requests, lines, index, t, h, new)
+        own_index = loops[0] if len(lines) == 1 else t.view(1, -1, 1)
+        new = self._run(_loop, lanes, company.places, h[None], e[None], own_index)[0]
+        failures = self._settle(company, t, h, new)
         flight.loop[lines] += 1
         return failures
+
+    def _company(self, requests: Mapping[int, Request]) -> _Company:
+        """What is running, with what stays the same from loop to loop."""
+        flight, running = self.flight, self.flight.running
+        if self._latest is None or self._latest.running is not running:
+            owners = [requests[owner] for owner in flight.owner[running.firsts].tolist()]
+            positions, end, each = flight.position[running.lines], 0, list[Ints | int]()
+            for n in running.lengths:
+                each.append(positions[end : end + n] if n > 1 else int(positions[end]))
+                end += n
+            asking: dict[ExitRule, list[int]] = {}
+            for i, owner in enumerate(np.repeat(np.arange(len(owners)), running.lengths).tolist()):
+                rule = owners[owner].params.exit_rule
+                if rule is not None:
+                    asking.setdefault(rule, []).append(i)
+            places = Places(each, self.model.config.loop_reach)
+            tables = [request.table for request in owners]
+            self._latest = _Company(running, self._index(running.lines), tables, places, asking)
+        return self._latest
 
     def readout(self, turns: Sequence[Turn]) -> Tensor:
         """Logits (turns, vocab_size) after each turn's last position."""
@@ -92,12 +120,11 @@ class Runner:
         order = sorted(range(len(turns)), key=lambda i: len(turns[i].lines) > 1)
         ordered = [turns[i] for i in order]
         lines = np.array([line for turn in ordered for line in turn.lines])
-        lanes = []
-        for request, own in ordered:
-            positions = flight.position[own.start : own.stop]
-            lanes.append(Lane(request.table, int(positions[0]) if len(own) == 1 else positions, None))
-        states = _of(self._outputs(), self._index(lines))
-        features = self._run(_features, lanes, states[None], place=False)[0]
+        positions = [flight.position[own.start : own.stop] for _, own in ordered]
+        each = [int(at[0]) if len(at) == 1 else at for at in positions]
+        lanes = [Lane(request.table, at, None) for (request, _), at in zip(ordered, each, strict=True)]
+        states, places = _of(self._outputs(), self._index(lines)), Places(each, self.model.config.outer_reach)
+        features = self._run(_features, lanes, places, states[None], place=False)[0]
         if len(lines) > len(turns) or order != sorted(order):
             last = np.cumsum([len(turn.lines) for turn in ordered]) - 1
             features = features[self._there(last[np.argsort(order)])]
@@ -119,25 +146,18 @@ class Runner:
         rest = (1 - flight.mass) * self._there(flight.active)
         return torch.addcmul(flight.output, rest.unsqueeze(-1), flight.h)
 
-    def _settle(
-        self,
-        requests: Mapping[int, Request],
-        lines: Ints,
-        index: Tensor | None,
-        t: Tensor,
-        before: Tensor,
-        after: Tensor,
-    ) -> list[Failure]:
+    def _settle(self, company: _Company, t: Tensor, before: Tensor, after: Tensor) -> list[Failure]:
         """Weigh the states after a loop, as `ACTAccumulator` does, or as `SettledState`, and halt who is done."""
         flight, act = self.flight, self.model.recurrent.act
+        lines, index = company.running.lines, company.chosen
         stops = flight.loop[lines] + 1 >= flight.most[lines]
         if self.model.config.halting == "settled":
             stops |= self._at_rest(lines, before, after)
-        failures = self._ask_rules(requests, lines, t, before, after, stops)
+        failures = self._ask_rules(company, t, before, after, stops)
         flight.h = _put(flight.h, index, after)
         if act is not None:
             stops = self._weigh(act, lines, index, after, stops)
-        flight.active[lines] = ~stops
+        flight.halt(lines[stops])
         return failures
 
     def _weigh(self, act: ACTHalting, lines: Ints, index: Tensor | None, after: Tensor, stops: Bools) -> Bools:
@@ -165,17 +185,10 @@ class Runner:
         so_far = moved.cumsum()
         return (so_far == (so_far - moved)[first])[lines]
 
-    def _ask_rules(
-        self, requests: Mapping[int, Request], lines: Ints, t: Tensor, before: Tensor, after: Tensor, stops: Bools
-    ) -> list[Failure]:
+    def _ask_rules(self, company: _Company, t: Tensor, before: Tensor, after: Tensor, stops: Bools) -> list[Failure]:
         """Set `stops` where an exit rule says so; a rule that raises fails the requests that have it, and no others."""
-        flight, failures = self.flight, list[Failure]()
-        asking: dict[ExitRule, list[int]] = {}
-        for i, owner in enumerate(flight.owner[lines].tolist()):
-            rule = requests[owner].params.exit_rule
-            if rule is not None:
-                asking.setdefault(rule, []).append(i)
-        for rule, who in asking.items():
+        flight, failures, lines = self.flight, list[Failure](), company.running.lines
+        for rule, who in company.asking.items():
             own, mine = torch.tensor(who, device=after.device), self._there(lines[who])
             kept = flight.memory.get(rule, {})
             view = LoopView(
@@ -195,14 +208,16 @@ class Runner:
             flight.memory[rule] = {name: _scatter(kept.get(name), mine, x, len(flight)) for name, x in memory.items()}
         return failures
 
-    def _run(self, stage: Stage, lanes: Sequence[Lane], *inputs: Tensor | int, place: bool = True) -> Tensor:
+    def _run(
+        self, stage: Stage, lanes: Sequence[Lane], places: Places, *inputs: Tensor | int, place: bool = True
+    ) -> Tensor:
         """One stage for the positions of lanes; with `place`, these get new rows for what the layers keep of them."""
         if place:
             for table, positions, loop in lanes:
                 table.place(loop, positions)
-        if self._compiled is not None and all(isinstance(lane.positions, int) for lane in lanes):
+        if self._compiled is not None and places.n == len(lanes):
             return self._compiled(stage, lanes, inputs)
-        context = WaveContext(self.model.config, self.cache, lanes, self._like, self._constants)
+        context = WaveContext(self.model.config, self.cache, lanes, places, self._like, self._constants)
         context.stand_ins = self._stand_ins(context.n_new, context.longest)
         return stage(self.model, context, *inputs)
 

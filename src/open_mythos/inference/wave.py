@@ -1,6 +1,7 @@
 """One call of the model over positions of several requests, each at its own place and loop.
 
-Main entries: `Lane`, `WaveContext`. All positions lie side by side in one sequence; only attention tells them apart.
+Main entries: `Lane`, `Places`, `WaveContext`. All positions lie side by side in one sequence; only attention tells
+them apart.
 """
 
 from __future__ import annotations
@@ -30,6 +31,39 @@ class Lane(NamedTuple):
     loop: int | None
 
 
+class Places:
+    """Where the positions of lanes are in their requests, and how many keys each sees: the same in every loop."""
+
+    def __init__(self, each: Sequence[Rows | int], window: int | None) -> None:
+        """`each` lane's positions."""
+        self.each, self.window = each, window
+        self.sizes = [1 if isinstance(at, int) else len(at) for at in each]
+        self.n = sum(self.sizes)
+
+    @cached_property
+    def positions(self) -> Rows:
+        """Of every lane, in order."""
+        if self.n == len(self.each):
+            return np.array(self.each, np.int64).reshape(-1)
+        return np.concatenate([np.atleast_1d(at) for at in self.each])
+
+    @cached_property
+    def counts(self) -> Rows:
+        """How many keys each position sees."""
+        ends = self.positions + 1
+        return ends if self.window is None else np.minimum(ends, self.window)
+
+    @cached_property
+    def longest(self) -> int:
+        """The most of them."""
+        return int(self.counts.max())
+
+    @cached_property
+    def before(self) -> Rows:
+        """In a list of a request's rows, how many bytes lie before those that each position sees."""
+        return self.positions.itemsize * (self.positions + 1 - self.counts)
+
+
 class _Group(NamedTuple):
     """Queries that attend in one call: `batch` lanes of as many queries each, where their keys lie, who sees what."""
 
@@ -47,14 +81,14 @@ class WaveContext(ForwardContext):
         config: MythosConfig,
         cache: PagedCache,
         lanes: Sequence[Lane],
+        places: Places,
         like: Tensor,
         constants: Constants,
     ) -> None:
-        n_positions = sum(1 if isinstance(at, int) else len(at) for _, at, _ in lanes)
-        super().__init__(config, n_positions, like.device, like.dtype, constants=constants)
-        self._window = config.outer_reach if lanes[0].loop is None else config.loop_reach
-        self._cache = cache
-        self._lanes = lanes
+        """`places` are those of the lanes, with the window of their stage."""
+        super().__init__(config, places.n, like.device, like.dtype, constants=constants)
+        self._cache, self._lanes, self._places = cache, lanes, places
+        self._window = places.window
 
     @cached_property
     def _singles(self) -> list[tuple[int, Rows]]:
@@ -69,26 +103,21 @@ class WaveContext(ForwardContext):
     @property
     def longest(self) -> int:
         """How many keys the position sees that sees most of them."""
-        n_keys = int(self._positions.max()) + 1
-        return n_keys if self._window is None else min(n_keys, self._window)
+        return self._places.longest
 
     @cached_property
     def rotary(self) -> RotaryTable | None:
         """Rotations of every lane's positions."""
-        return self._rotary_at(self._there(self._positions))
+        return self._rotary_at(self._there(self._places.positions))
 
     @cached_property
     def rotations(self) -> Array:
         """Cosines and sines of every position, (n_new, dim)."""
-        return self._rotations_at(self._positions)
-
-    @cached_property
-    def _positions(self) -> Rows:
-        """Of every lane, in order."""
-        positions = [at for _, at, _ in self._lanes]
-        if isinstance(positions[-1], int):  # then all are
-            return np.array(positions, np.int64)
-        return np.concatenate([np.atleast_1d(at) for at in positions])
+        if not self.config.use_rope:
+            return self._rotations_at(self._places.positions)
+        n = 1 << int(self._places.positions.max()).bit_length()  # more than is asked for, so that few tables are made
+        table = self.constant(("rotations of all", n), lambda: self._rotations_at(np.arange(n)))
+        return table[self._places.positions]
 
     def seen(self, first: CacheAddress, n_layers: int, window: int | None) -> Seen:
         """Where every position is to be stored, and what it sees; the window is that of the wave's stage."""
@@ -97,12 +126,10 @@ class WaveContext(ForwardContext):
     @cached_property
     def _listed(self) -> tuple[Rows, Rows]:
         """Where the rows are listed that every position sees, and how many they are."""
-        ends = self._positions + 1
-        counts = ends if self._window is None else np.minimum(ends, self._window)
         tables = np.array([table.seen_at(loop) for table, _, loop in self._lanes], np.int64)
         if len(tables) < self.n_new:
-            tables = np.repeat(tables, [np.size(at) for _, at, _ in self._lanes])
-        return tables + ends.itemsize * (ends - counts), counts
+            tables = np.repeat(tables, self._places.sizes)
+        return tables + self._places.before, self._places.counts
 
     def attend(
         self,

@@ -108,19 +108,12 @@ def fetch(builder: Any, data: Any, place: Any, n: int) -> None:
         builder.call(ask, [builder.bitcast(pointer, address), _INT32(0), _INT32(3), _INT32(1)])
 
 
-def sum_of(builder: Any, vector: Any) -> Any:
-    """The sum of a vector's numbers."""
-    while vector.type.count > 1:
-        half = vector.type.count // 2
-        low, high = (builder.shuffle_vector(vector, vector, indices(range(first, first + half))) for first in (0, half))
-        vector = builder.fadd(low, high, flags=_FLAGS)
-    return builder.extract_element(vector, _INT32(0))
-
-
 def sums_of(builder: Any, vectors: list[Any]) -> list[Any]:
-    """The sums of each of the vectors' numbers, in order: 16 of them in `16 / WIDE` vectors."""
+    """The sums of each of the vectors' numbers, in order, of 1, 2, 4, ... vectors; up to `WIDE` of them in a vector."""
     size = WIDE
     while size > 1:
+        if len(vectors) == 1:
+            vectors = vectors * 2  # whose sums are not looked at
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
         vectors = [_sums_of_pair(builder, *pair) for pair in pairs]
         size //= 2

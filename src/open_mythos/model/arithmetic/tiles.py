@@ -26,7 +26,7 @@ from open_mythos.model.arithmetic.registers import (
     read,
     repeated,
     row_of,
-    sum_of,
+    sums_of,
     up_to,
     write,
     zeros,
@@ -68,7 +68,10 @@ def _sums(rows: int) -> Callable[..., tuple[float, ...]]:
                 for k, row in enumerate(own):
                     numbers = [read(builder, builder.gep(row, [place]))] * CHANNELS
                     add_products(builder, totals[k * CHANNELS : (k + 1) * CHANNELS], numbers, factors)
-            results = [sum_of(builder, builder.load(total)) for total in totals]
+            found = sums_of(builder, [builder.load(total) for total in totals])
+            results = [
+                builder.extract_element(found[k // WIDE], ir.IntType(32)(k % WIDE)) for k in range(rows * CHANNELS)
+            ]
             return context.make_tuple(builder, signature.return_type, results)
 
         return types.UniTuple(types.float32, rows * CHANNELS)(x, row, weight, channel, apart), generate
