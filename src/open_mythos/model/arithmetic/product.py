@@ -178,6 +178,12 @@ def turned(
 
 
 @compiled
+def flat(x: Array) -> Array:
+    """All numbers of a contiguous array, (n,)."""
+    return x.reshape(x.size)
+
+
+@compiled
 def by_turned(x: Array, matrix: Array, first: int, end: int, scale: np.float32, out: Array, add: bool) -> None:
     """Columns `first` to `end` of `out = scale * x @ matrix.T`, or with `add` of `out += scale * x @ matrix.T`.
 
@@ -187,10 +193,9 @@ def by_turned(x: Array, matrix: Array, first: int, end: int, scale: np.float32, 
     panel, width = np.empty(depth * PANEL, np.float32), out.shape[1]
     for column in range(first, end, PANEL):
         columns = min(PANEL, end - column)
-        turned(matrix.reshape(matrix.size), column * depth, depth, columns, depth, panel, 0, PANEL)
+        turned(flat(matrix), column * depth, depth, columns, depth, panel, 0, PANEL)
         if scale != 1:
             for k in range(depth):
                 for j in range(columns):
                     panel[k * PANEL + j] *= scale
-        numbers, target = x.reshape(x.size), out.reshape(out.size)
-        product(numbers, 0, depth, 1, panel, 0, PANEL, target, column, width, rows, columns, depth, int(add))
+        product(flat(x), 0, depth, 1, panel, 0, PANEL, flat(out), column, width, rows, columns, depth, int(add))

@@ -13,6 +13,7 @@ from numba import prange
 from open_mythos.model.arithmetic.addresses import integers_at
 from open_mythos.model.arithmetic.compiled import INDEX, STACK, VECTOR, compiled, n_parts, parallel, shared
 from open_mythos.model.arithmetic.exponential import exp
+from open_mythos.model.arithmetic.product import flat, product, turned
 from open_mythos.model.arithmetic.registers import WIDE
 from open_mythos.model.arithmetic.seen import (
     MIXED,
@@ -33,6 +34,9 @@ from open_mythos.model.rows import Array, Rows
 
 _TOGETHER = 4
 """Heads that share what they read of a key."""
+
+_FEW = 4
+"""More positions than this are multiplied by a head's matrices as whole matrices are."""
 
 _POINTWISE = 4
 """Norm and rotation of a number take about as long as so many multiplications in a product."""
@@ -260,9 +264,16 @@ def _absorb(q: Array, kv_up: Array, first: int, end: int, out: Array) -> None:
 
     To the first `rank` channels of out (n, heads, ...).
     """
-    n, rank = q.shape[0], kv_up.shape[2]
-    nope = q.shape[2] - (out.shape[2] - rank)
+    n, n_heads, width = out.shape
+    _, both, rank = kv_up.shape
+    dim = q.shape[2]
+    nope = dim - (width - rank)
     for h in range(first, end):
+        if n > _FEW:
+            numbers, weights, to = flat(q), flat(kv_up), flat(out)
+            key, head = h * both * rank, h * width
+            product(numbers, h * dim, n_heads * dim, 1, weights, key, rank, to, head, n_heads * width, n, rank, nope, 0)
+            continue
         for i in range(n):
             own = out[i, h]
             for j in range(rank):
@@ -278,14 +289,21 @@ def _absorb(q: Array, kv_up: Array, first: int, end: int, out: Array) -> None:
 @compiled
 def _release(mixed: Array, kv_up: Array, first: int, end: int, out: Array) -> None:
     """Each head of mixed (n, heads, rank) by its values' rows of kv_up (heads, ..., rank), to out (n, heads, width)."""
-    n, _, width = out.shape
-    before = kv_up.shape[1] - width
+    n, n_heads, width = out.shape
+    _, both, rank = kv_up.shape
+    across = np.empty((rank if n > _FEW else 0, width), np.float32)
     for h in range(first, end):
+        if n > _FEW:
+            numbers, weights, to = flat(mixed), flat(across), flat(out)
+            turned(flat(kv_up), (h * both + both - width) * rank, rank, width, rank, weights, 0, width)
+            head, row = h * rank, n_heads * rank
+            product(numbers, head, row, 1, weights, 0, width, to, h * width, n_heads * width, n, width, rank, 0)
+            continue
         for j in range(width):
-            weight = kv_up[h, before + j]
+            weight = kv_up[h, both - width + j]
             for i in range(n):
                 own, total = mixed[i, h], np.float32(0)
-                for k in range(weight.shape[0]):
+                for k in range(rank):
                     total += own[k] * weight[k]
                 out[i, h, j] = total
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from open_mythos.model.arithmetic.compiled import compiled
 from open_mythos.model.arithmetic.exponential import exp
-from open_mythos.model.arithmetic.product import product, turned
-from open_mythos.model.many_rows.products import flat
+from open_mythos.model.arithmetic.product import flat, product, turned
 from open_mythos.model.rows import Array
 
 _BLOCK = 64

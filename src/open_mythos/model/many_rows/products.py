@@ -9,7 +9,7 @@ import numpy as np
 
 from open_mythos.model.arithmetic.compiled import compiled
 from open_mythos.model.arithmetic.product import by_turned as whole_by_turned
-from open_mythos.model.arithmetic.product import product
+from open_mythos.model.arithmetic.product import flat, product
 from open_mythos.model.rows import Array
 
 
@@ -34,9 +34,3 @@ def across(x: Array, y: Array, first: int, end: int, out: Array, add: bool) -> N
     columns = y.shape[1]
     rows, target = end - first, first * columns
     product(flat(x), first, 1, width, flat(y), 0, columns, flat(out), target, columns, rows, columns, depth, int(add))
-
-
-@compiled
-def flat(x: Array) -> Array:
-    """All numbers of a contiguous array, (n,)."""
-    return x.reshape(x.size)
