@@ -124,9 +124,9 @@ class Runner:
         each = [int(at[0]) if len(at) == 1 else at for at in positions]
         lanes = [Lane(request.table, at, None) for (request, _), at in zip(ordered, each, strict=True)]
         states, places = _of(self._outputs(), self._index(lines)), Places(each, self.model.config.outer_reach)
-        features = self._run(_features, lanes, places, states[None], place=False)[0]
+        last = np.cumsum(places.sizes) - 1
+        features = self._run(_features, lanes, places, states[None], wanted=last)[0]
         if len(lines) > len(turns) or order != sorted(order):
-            last = np.cumsum([len(turn.lines) for turn in ordered]) - 1
             features = features[self._there(last[np.argsort(order)])]
         context = self.model.context(len(turns))
         context.stand_ins = self._stand_ins_at_ends(len(turns))
@@ -209,16 +209,24 @@ class Runner:
         return failures
 
     def _run(
-        self, stage: Stage, lanes: Sequence[Lane], places: Places, *inputs: Tensor | int, place: bool = True
+        self,
+        stage: Stage,
+        lanes: Sequence[Lane],
+        places: Places,
+        *inputs: Tensor | int,
+        wanted: Ints | None = None,
     ) -> Tensor:
-        """One stage for the positions of lanes; with `place`, these get new rows for what the layers keep of them."""
-        if place:
+        """One stage for the positions of lanes.
+
+        They get new rows for what the layers keep of them, but for the `wanted` ones to be read out, which have theirs.
+        """
+        if wanted is None:
             for table, positions, loop in lanes:
                 table.place(loop, positions)
         if self._compiled is not None and places.n == len(lanes):
             return self._compiled(stage, lanes, inputs)
         context = WaveContext(self.model.config, self.cache, lanes, places, self._like, self._constants)
-        context.stand_ins = self._stand_ins(context.n_new, context.longest)
+        context.stand_ins, context.wanted = self._stand_ins(context.n_new, context.longest), wanted
         return stage(self.model, context, *inputs)
 
     def _stand_ins(self, n_positions: int, longest: int) -> dict[nn.Module, StandIn]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -96,6 +97,8 @@ class OpenMythos(nn.Module):
     def features(self, h: Tensor, context: ForwardContext | None = None, *, last: int | None = None) -> Tensor:
         """What `decode` multiplies with the head: coda and norm of a state h, (batch, seq, dim)."""
         context = context or self.context(h.shape[1])
+        if last is not None:
+            context.wanted = np.arange(h.shape[0] * h.shape[1]).reshape(h.shape[:2])[:, -last:].flatten()
         x = self._run(self.coda, "coda", h, context)
         return context.layer(self.norm)(x if last is None else x[:, -last:])
 
@@ -121,7 +124,7 @@ class OpenMythos(nn.Module):
 
     def _run(self, blocks: nn.ModuleList, stage: Stage, x: Tensor, context: ForwardContext) -> Tensor:
         if blocks in context.stand_ins:
-            return context.stand_ins[blocks](x, context, CacheAddress(stage, 0))
+            return context.stand_ins[blocks](x, context, CacheAddress(stage, 0), context.wanted)
         for layer, block in enumerate(blocks):
             x = block(x, context, CacheAddress(stage, layer))
         return x

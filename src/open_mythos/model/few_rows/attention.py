@@ -1,8 +1,8 @@
 """Attention of a few positions, each over what it sees of a cache, with the norm before and all that its module does.
 
-Main entries: `add_gqa`, `add_mla`. Of n positions, number i sees `counts[i]` rows, whose numbers are listed at the
-address `rows[i]`, its own the last of them. Rotations are those of one sequence's positions, (n or fewer, dim), the
-same for all sequences; (1, 0) for none.
+Main entries: `add_gqa`, `add_mla`; `store_gqa`, `store_mla` for positions whose own attention nobody asks for. Of n
+positions, number i sees `counts[i]` rows, whose numbers are listed at the address `rows[i]`, its own the last of them.
+Rotations are those of one sequence's positions, (n or fewer, dim), the same for all sequences; (1, 0) for none.
 """
 
 from __future__ import annotations
@@ -114,13 +114,56 @@ def add_mla(
     add_product(c_q, q_up, np.float32(1), queries, threads)
     q = queries.reshape(n, n_heads, q_up.shape[0] // n_heads)
     nope = q.shape[2] - (width - rank)
-    row, absorbed = np.empty((n, width), np.float32), np.empty((n, n_heads, width), np.float32)
-    _place_latent(low, kv_gain, eps, q, rotations, row, absorbed)
-    for i in range(n):
-        _store(row[i], rows[i], counts[i], latent)
+    absorbed = np.empty((n, n_heads, width), np.float32)
+    _place_queries(q, rank, rotations, absorbed)
+    _place_latent(low, kv_gain, eps, rotations, rows, counts, latent)
     mixed = np.empty((n, n_heads, kv_up.shape[1] - nope), np.float32)
     _attend_latent(q, absorbed, kv_up, latent, rows, counts, scale, sink, mixed, threads)
     add_product(mixed.reshape(n, out.shape[1]), out, branch_scale, stream, threads)
+
+
+@compiled
+def store_gqa(
+    stream: Array,
+    rotations: Array,
+    keys: Array,
+    values: Array,
+    rows: Rows,
+    counts: Rows,
+    gain: Array,
+    eps: np.float32,
+    qkv: Array,
+    normed_heads: bool,
+    qk_gain: Array,
+    threads: int,
+) -> None:
+    """Store what `add_gqa` would of the stream."""
+    n_kv, width = keys.shape[0], keys.shape[2]
+    first, n = qk_gain.shape[0] - n_kv, stream.shape[0]
+    normed, heads = np.empty_like(stream), np.zeros((n, 2 * n_kv, width), np.float32)
+    rms_norm(stream, gain, eps, normed)
+    add_product(normed, qkv[first * width :], np.float32(1), heads.reshape(n, 2 * n_kv * width), threads)
+    _place_heads(heads, normed_heads, qk_gain[first:], eps, rotations, rows, counts, keys, values, threads)
+
+
+@compiled
+def store_mla(
+    stream: Array,
+    rotations: Array,
+    latent: Array,
+    rows: Rows,
+    counts: Rows,
+    gain: Array,
+    eps: np.float32,
+    down: Array,
+    kv_gain: Array,
+    threads: int,
+) -> None:
+    """Store what `add_mla` would of the stream."""
+    normed, low = np.empty_like(stream), np.zeros((stream.shape[0], latent.shape[2]), np.float32)
+    rms_norm(stream, gain, eps, normed)
+    add_product(normed, down[down.shape[0] - latent.shape[2] :], np.float32(1), low, threads)
+    _place_latent(low, kv_gain, eps, rotations, rows, counts, latent)
 
 
 @parallel
@@ -180,26 +223,28 @@ def _place_rows(
 
 @compiled
 def _place_latent(
-    down: Array, gain: Array, eps: np.float32, q: Array, rotations: Array, row: Array, queries: Array
+    low: Array, gain: Array, eps: np.float32, rotations: Array, rows: Rows, counts: Rows, latent: Array
 ) -> None:
-    """MLA's row for the cache (n, rank + rope), and what is behind the first `rank` channels of its queries.
-
-    From the last channels of `down` (n, ...), before norm and rotation, and those of q (n, heads, ...), before
-    rotation; gain is (rank,), queries are (n, heads, rank + rope).
-    """
-    n, width = row.shape
-    heads, rank = queries.shape[1], gain.shape[0]
-    first, nope = down.shape[1] - width, q.shape[2] - (width - rank)
-    rms_norm(down[:, first:], gain, eps, row[:, :rank])
+    """Store MLA's rows (n, rank + rope), the last channels of low (n, ...): normed with gain (rank,), and rotated."""
+    n, rank, width = low.shape[0], gain.shape[0], latent.shape[2]
+    first = low.shape[1] - width
+    row = np.empty((n, width), np.float32)
+    rms_norm(low[:, first:], gain, eps, row[:, :rank])
     for i in range(n):
-        for j in range(width - rank):
-            row[i, rank + j] = down[i, first + rank + j]
-            for h in range(heads):
-                queries[i, h, rank + j] = q[i, h, nope + j]
-        rotation = rotations[i % rotations.shape[0]]
-        rotated(row[i, rank:], rotation, THERE)
-        for h in range(heads):
-            rotated(queries[i, h, rank:], rotation, THERE)
+        copied(low[i, first + rank :], row[i, rank:])
+        rotated(row[i, rank:], rotations[i % rotations.shape[0]], THERE)
+        _store(row[i], rows[i], counts[i], latent)
+
+
+@compiled
+def _place_queries(q: Array, rank: int, rotations: Array, out: Array) -> None:
+    """The last channels of q (n, heads, ...), rotated, to out (n, heads, rank + rope), behind the first `rank`."""
+    n, n_heads, width = out.shape
+    nope = q.shape[2] - (width - rank)
+    for i in range(n):
+        for h in range(n_heads):
+            copied(q[i, h, nope:], out[i, h, rank:])
+            rotated(out[i, h, rank:], rotations[i % rotations.shape[0]], THERE)
 
 
 @compiled

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -27,7 +28,11 @@ class Given(NamedTuple):
     entries: Rows
     rows: Rows
     counts: Rows
+    wanted: Rows
     threads: int
+
+
+_ALL = np.empty(0, np.int64)
 
 
 class FewRowsBlocks:
@@ -41,25 +46,27 @@ class FewRowsBlocks:
         self._window = layers[0].window if layers else None
         self._table = table(layers)
 
-    def __call__(self, x: Tensor, context: ForwardContext, address: CacheAddress) -> Tensor:
-        """(batch, seq, dim) to the same shape."""
+    def __call__(self, x: Tensor, context: ForwardContext, address: CacheAddress, wanted: Rows | None = None) -> Tensor:
+        """(batch, seq, dim) to the same shape; what is not `wanted`, of all positions, comes out as anything."""
         out = x.clone(memory_format=torch.contiguous_format)
-        self.add_to(out.view(-1, x.shape[-1]).numpy(), context, address)
+        self.add_to(out.view(-1, x.shape[-1]).numpy(), context, address, wanted)
         return out
 
-    def add_to(self, stream: Array, context: ForwardContext, first: CacheAddress) -> None:
+    def add_to(self, stream: Array, context: ForwardContext, first: CacheAddress, wanted: Rows | None = None) -> None:
         """Add to the stream (positions, dim) what the blocks add to it, in place; the first one is at `first`."""
         if not self._layers:
             return
         with self.threads.lock:
-            _run(stream, *self.given(context, first))
+            _run(stream, *self.given(context, first, wanted))
 
-    def given(self, context: ForwardContext, first: CacheAddress) -> Given:
+    def given(self, context: ForwardContext, first: CacheAddress, wanted: Rows | None = None) -> Given:
         """What `add_layers` is given beside the stream; the first of the blocks is at `first`."""
         seen = context.seen(first, len(self._table), self._window)
-        return Given(context.rotations, self._table, *seen, self.threads.n)
+        return Given(context.rotations, self._table, *seen, _ALL if wanted is None else wanted, self.threads.n)
 
 
 @compiled
-def _run(stream: Array, rotations: Array, layers: Any, entries: Rows, rows: Rows, counts: Rows, threads: int) -> None:
-    add_layers(stream, rotations, layers, entries, rows, counts, threads)
+def _run(
+    stream: Array, rotations: Array, layers: Any, entries: Rows, rows: Rows, counts: Rows, wanted: Rows, threads: int
+) -> None:
+    add_layers(stream, rotations, layers, entries, rows, counts, wanted, threads)

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from open_mythos.model.arithmetic.addresses import matrix_at, stack_at, vector_at
 from open_mythos.model.arithmetic.compiled import INDEX, MATRIX, STACK_OF_INDICES, compiled, shared
+from open_mythos.model.arithmetic.vectors import copied
 from open_mythos.model.attention import GQAttention
 from open_mythos.model.block import Block
 from open_mythos.model.experts import MoEFFN
 from open_mythos.model.feed_forward import SwiGLU
-from open_mythos.model.few_rows.attention import add_gqa, add_mla
-from open_mythos.model.few_rows.feed_forward import add_experts
+from open_mythos.model.few_rows.attention import add_gqa, add_mla, store_gqa, store_mla
+from open_mythos.model.few_rows.feed_forward import add_experts, gather
 from open_mythos.model.latent_attention import MLAttention
 from open_mythos.model.rows import Array, Rows, described
 
@@ -113,17 +114,50 @@ def _experts(ffn: MoEFFN) -> Known:
     }
 
 
-@shared(MATRIX, MATRIX, LAYERS, STACK_OF_INDICES, INDEX, INDEX, "int64")
+@shared(MATRIX, MATRIX, LAYERS, STACK_OF_INDICES, INDEX, INDEX, INDEX, "int64")
 def add_layers(
-    stream: Array, rotations: Array, layers: Any, entries: Rows, rows: Rows, counts: Rows, threads: int
+    stream: Array, rotations: Array, layers: Any, entries: Rows, rows: Rows, counts: Rows, wanted: Rows, threads: int
 ) -> None:
     """Add to the stream (n, dim), layer by layer, what each of the layers makes of it; what is new is stored.
 
-    `layers` is a `table`; `entries`, `rows` and `counts` are those of `Seen`.
+    `layers` is a `table`; `entries`, `rows` and `counts` are those of `Seen`. The last layer adds to the `wanted` rows
+    only, which are in ascending order; none stands for all.
     """
-    for k in range(layers.shape[0]):
+    n_layers = layers.shape[0]
+    few = 0 < wanted.shape[0] < stream.shape[0]
+    for k in range(n_layers - 1 if few else n_layers):
         _add_attention(stream, rotations, layers[k], entries[k], rows, counts, threads)
         _add_feed_forward(stream, layers[k], threads)
+    if few:
+        _add_to_few(stream, rotations, layers[n_layers - 1], entries[n_layers - 1], rows, counts, wanted, threads)
+
+
+@compiled
+def _add_to_few(
+    stream: Array, rotations: Array, layer: Any, entries: Rows, rows: Rows, counts: Rows, wanted: Rows, threads: int
+) -> None:
+    _store(stream, rotations, layer, entries, rows, counts, threads)
+    own, own_rotations = np.empty((len(wanted), stream.shape[1]), np.float32), rotations
+    gather(stream, wanted, own)
+    if rotations.shape[0] > 1:
+        own_rotations = np.empty((len(wanted), rotations.shape[1]), np.float32)
+        gather(rotations, wanted % rotations.shape[0], own_rotations)
+    _add_attention(own, own_rotations, layer, entries, rows[wanted], counts[wanted], threads)
+    _add_feed_forward(own, layer, threads)
+    for r in range(len(wanted)):
+        copied(own[r], stream[wanted[r]])
+
+
+@compiled
+def _store(stream: Array, rotations: Array, layer: Any, entries: Rows, rows: Rows, counts: Rows, threads: int) -> None:
+    gain, eps = vector_at(layer.attn_gain), layer.attn_eps
+    if layer.is_latent:
+        latent, down, kv_gain = stack_at(entries[0]), matrix_at(layer.down), vector_at(layer.kv_gain)
+        store_mla(stream, rotations, latent, rows, counts, gain, eps, down, kv_gain, threads)
+    else:
+        keys, values, normed = stack_at(entries[0]), stack_at(entries[1]), layer.has_normed_heads != 0
+        qkv, qk_gain = matrix_at(layer.qkv), matrix_at(layer.qk_gain)
+        store_gqa(stream, rotations, keys, values, rows, counts, gain, eps, qkv, normed, qk_gain, threads)
 
 
 @compiled

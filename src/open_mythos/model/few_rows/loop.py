@@ -83,13 +83,14 @@ def _next_state(
     entries: Rows,
     rows: Rows,
     counts: Rows,
+    wanted: Rows,
     threads: int,
 ) -> Array:
     """A whole loop in one call: to call a compiled function takes as long as what stands around the blocks."""
     u = np.empty_like(h)
     inject(h, e, a, b, embedding, u)
     x = u.copy()
-    add_layers(x, rotations, layers, entries, rows, counts, threads)
+    add_layers(x, rotations, layers, entries, rows, counts, wanted, threads)
     if down.shape[0]:
         adapt(x, u, down, scale, up, threads)
     return x
