@@ -9,7 +9,7 @@ import numpy as np
 from numba import prange
 
 from open_mythos.model.arithmetic.compiled import MATRIX, STACK, compiled, n_parts, parallel, shared
-from open_mythos.model.arithmetic.product import by_turned
+from open_mythos.model.arithmetic.product import by_turned, turned
 from open_mythos.model.arithmetic.registers import WIDE
 from open_mythos.model.arithmetic.tiles import (
     CHANNELS,
@@ -25,6 +25,9 @@ from open_mythos.model.rows import Array, Rows
 
 _LANES = 32
 """Rows that lie side by side in a panel."""
+
+_MOST_TOGETHER = 64 + CHANNELS_16
+"""Channels whose sums are turned together, from channel by channel to row by row."""
 
 _FEW, _MANY = 8, 40
 """More rows than the first are multiplied side by side; more than the second as whole matrices are."""
@@ -154,20 +157,26 @@ def _add_columns(x: Array, weight: Array, scale: np.float32, column: int, first:
 def _add_panels(
     n: int, panels: Array, panel: int, weight: Array, scale: np.float32, first: int, end: int, out: Array
 ) -> None:
-    """A few channels at a time, for all panels: what is read of the matrix is used while it is in the nearest cache."""
-    sums = np.empty(16 * CHANNELS_16, np.float32)
-    channels = CHANNELS_16 if n <= 16 else CHANNELS_32
-    done = first
-    while done < end:
-        o = min(done, end - channels)  # the last may compute some channels again
+    """Some channels at a time: what is read of the matrix is used for all panels while it is in a near cache."""
+    lanes, channels = (16, CHANNELS_16) if n <= 16 else (32, CHANNELS_32)
+    sums, across = np.empty(_MOST_TOGETHER * lanes, np.float32), np.empty(_MOST_TOGETHER * lanes, np.float32)
+    base = first
+    while base < end:
+        stop = end if end - base <= _MOST_TOGETHER else base + _MOST_TOGETHER - CHANNELS_16  # none is left with too few
+        width = stop - base
         for start in range(0, n, _LANES):
-            lanes = 32
-            if n <= 16:
-                lanes = 16
-                tile_16(panels[panel], weight, o, sums)
-            else:
-                tile_32(panels[panel + start // _LANES], weight, o, sums)
+            done = base
+            while done < stop:
+                o = min(done, stop - channels)  # the last may compute some channels again
+                place = sums[(o - base) * lanes :]
+                if n <= 16:
+                    tile_16(panels[panel], weight, o, place)
+                else:
+                    tile_32(panels[panel + start // _LANES], weight, o, place)
+                done = o + channels
+            turned(sums, 0, lanes, width, lanes, across, 0, width)
             for i in range(min(_LANES, n - start)):
-                for k in range(done - o, channels):
-                    out[start + i, o + k] += scale * sums[k * lanes + i]
-        done = o + channels
+                own, more = out[start + i], across[i * width : (i + 1) * width]
+                for j in range(width):
+                    own[base + j] += scale * more[j]
+        base = stop
