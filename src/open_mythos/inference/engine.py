@@ -20,6 +20,7 @@ from open_mythos.data.tokenizer import TextTokenizer
 from open_mythos.inference.cache import CacheLayout, PagedCache, RowTable
 from open_mythos.inference.compiled import CompiledWaves
 from open_mythos.inference.decoded_text import DecodedText
+from open_mythos.inference.flight import Running
 from open_mythos.inference.prefixes import Prefixes
 from open_mythos.inference.request import FinishReason, Output, Request, Turn
 from open_mythos.inference.runner import Failure, Runner
@@ -82,6 +83,25 @@ class Stats:
         return self.lanes / self.waves if self.waves else 0.0
 
 
+class _Due(NamedTuple):
+    """Whose turn it is."""
+
+    running: Running
+    """What was looping when it was found."""
+    speculate: bool
+    """Whether any request does."""
+    final: list[Turn]
+    """Positions that have their last state."""
+    guessing: list[Turn]
+    """Newest positions that are far enough for a guess."""
+    n: int
+    """How many requests these belong to."""
+    looping: int
+    """How many have positions that have not halted."""
+    others: int
+    """How many of those are not due."""
+
+
 class Engine:
     """Serves requests with one model, in a cache of at most `cache_bytes`; on a CPU it takes memory as it is written.
 
@@ -115,6 +135,7 @@ class Engine:
         self._requests: dict[int, Request] = {}
         """Those that have not ended."""
         self._begun: dict[int, Request] = {}
+        self._latest_due: _Due | None = None
         self._submitted = 0
 
     @property
@@ -161,12 +182,11 @@ class Engine:
         begin = time.perf_counter()
         with torch.inference_mode(), evaluating(self._modules):
             fresh = self._begin()
-            final, guessing, looping = self._due()
-            due = {turn.request.index for turn in (*final, *guessing)}
-            if fresh or self.scheduler.takes_turn(len(due), len(looping - due)):
-                events = self._turn(final, guessing, fresh)
+            due = self._due()
+            if fresh or self.scheduler.takes_turn(due.n, due.others):
+                events = self._turn(due, fresh)
             else:
-                events = self._loop(len(looping))
+                events = self._loop(due.looping)
         self._stats.seconds += time.perf_counter() - begin
         return events
 
@@ -303,18 +323,28 @@ class Engine:
         """Rows do not say whether a position that a rule has stopped was still moving, which settling would ask."""
         return self._reuses and (self.model.config.halting != "settled" or request.params.exit_rule is None)
 
-    def _due(self) -> tuple[list[Turn], list[Turn], set[int]]:
-        """Whose next positions are final, whose newest is far enough for a guess, and which requests are looping."""
+    def _due(self) -> _Due:
+        """Who is due: whoever was before, if nobody has begun, halted or ended since, nor come nearer to a guess."""
+        running = self.runner.flight.running
+        if self._latest_due is None or self._latest_due.running is not running or self._latest_due.speculate:
+            self._latest_due = self._find_due(running)
+        return self._latest_due
+
+    def _find_due(self, running: Running) -> _Due:
         flight = self.runner.flight
-        looping, active = set(flight.owner[flight.active].tolist()), flight.active.tolist()
+        looping, active = set(flight.owner[running.lines].tolist()), flight.active.tolist()
+        speculate = False
         final, guessing = list[Turn](), list[Turn]()
         for index, (first, last) in flight.ends().items():
             request = self._begun[index]
             if index not in looping or not any(active[first : first + request.turn]):
                 final.append(Turn(request, range(first, first + request.turn)))
-            if request.params.speculation is not None and self._may_guess(request, last):
-                guessing.append(Turn(request, range(last, last + 1)))
-        return final, guessing, looping
+            if request.params.speculation is not None:
+                speculate = True
+                if self._may_guess(request, last):
+                    guessing.append(Turn(request, range(last, last + 1)))
+        due = {turn.request.index for turn in (*final, *guessing)}
+        return _Due(running, speculate, final, guessing, len(due), len(looping), len(looping - due))
 
     def _may_guess(self, request: Request, newest: int) -> bool:
         speculation, flight = request.params.speculation, self.runner.flight
@@ -345,10 +375,10 @@ class Engine:
         self._finish(request, "error")
         return Event(request.index, None, None, "error", None, failure.error)
 
-    def _turn(self, final: Sequence[Turn], guessing: Sequence[Turn], fresh: Sequence[Request]) -> list[Event]:
+    def _turn(self, due: _Due, fresh: Sequence[Request]) -> list[Event]:
         """Next tokens and guesses; then encode these, and the prompts of requests that are new."""
-        events = self._read(final, guessing) if final or guessing else []
-        read = {turn.request.index: turn.request for turn in (*final, *guessing)}
+        events = self._read(due.final, due.guessing) if due.n else []
+        read = {turn.request.index: turn.request for turn in (*due.final, *due.guessing)}
         encoding = [r for r in (*read.values(), *fresh) if r.pending and r.index in self._begun]
         if encoding:
             self.runner.encode(encoding)
@@ -373,7 +403,9 @@ class Engine:
                 request.drafts.append(draft)
                 request.tokens.append(draft.token)
                 self._stats.drafted += 1
-        flight.keep(stays & self._still_wanted())
+        if any(event.finish_reason is not None for event in events):
+            stays &= self._still_wanted()
+        flight.keep(stays)
         return events
 
     def _next_token(self, request: Request, choice: Choice, exit_loops: int, stays: NDArray[np.bool_]) -> Event:

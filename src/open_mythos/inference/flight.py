@@ -34,6 +34,10 @@ class Flight:
 
     def __init__(self, dim: int, like: Tensor) -> None:
         """`like` gives dtype and device."""
+        self._empty = like.new_empty(0, dim)
+        self._clear()
+
+    def _clear(self) -> None:
         self.owner: Ints = np.empty(0, np.int64)
         """Index of the request."""
         self.position: Ints = np.empty(0, np.int64)
@@ -46,8 +50,7 @@ class Flight:
         self.active: Bools = np.empty(0, np.bool_)
         """False once it has halted."""
         self._running: Running | None = None
-        empty = like.new_empty(0, dim)
-        self.h, self.e, self.output, self.mass = empty, empty, empty, empty[:, 0]
+        self.h, self.e, self.output, self.mass = self._empty, self._empty, self._empty, self._empty[:, 0]
         """State, encoded input, mean of states so far (lines, dim); halting probability spent (lines,)."""
         self.memory: dict[object, dict[str, Tensor]] = {}
         """What each exit rule remembers, (lines, ...)."""
@@ -74,14 +77,15 @@ class Flight:
         """Remove all others."""
         if lines.all():
             return
+        if not lines.any():
+            self._clear()
+            return
         self._running = None
         self.owner, self.position, self.loop = self.owner[lines], self.position[lines], self.loop[lines]
         self.most, self.reached, self.active = self.most[lines], self.reached[lines], self.active[lines]
         index = torch.from_numpy(np.flatnonzero(lines)).to(self.h.device)
         self.h, self.e, self.output, self.mass = (x[index] for x in (self.h, self.e, self.output, self.mass))
         self.memory = {rule: {name: x[index] for name, x in kept.items()} for rule, kept in self.memory.items()}
-        if not len(self):
-            self.memory = {}
 
     def ends(self) -> dict[int, tuple[int, int]]:
         """The first and the last line of every request."""
@@ -105,6 +109,8 @@ class Flight:
 
     def _find_running(self) -> Running:
         lines = np.flatnonzero(self.active)
+        if not len(lines):
+            return Running(lines, lines, [])
         owner, loop = self.owner[lines], self.loop[lines]
         ends = np.flatnonzero((owner[1:] != owner[:-1]) | (loop[1:] != loop[:-1])) + 1
         if len(ends) == len(lines) - 1:  # as when all requests are beyond their prompts

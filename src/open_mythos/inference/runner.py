@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from open_mythos.inference.cache import PagedCache, RowTable
@@ -19,7 +19,7 @@ from open_mythos.inference.exit import ExitRule, LoopView
 from open_mythos.inference.flight import Flight, Ints, Running
 from open_mythos.inference.request import Request, Turn
 from open_mythos.inference.wave import Lane, Places, WaveContext
-from open_mythos.model.context import Constants, ForwardContext, StandIn
+from open_mythos.model.context import Constants, ForwardContext
 from open_mythos.model.few_rows.stand_ins import FewRows
 from open_mythos.model.halting import ACTHalting, has_moved
 from open_mythos.model.mythos import OpenMythos
@@ -71,8 +71,9 @@ class Runner:
         places = [np.arange(r.encoded, len(r.tokens)) for r in requests]
         each = [r.encoded if len(at) == 1 else at for r, at in zip(requests, places, strict=True)]
         lanes = [Lane(r.table, at, None) for r, at in zip(requests, each, strict=True)]
+        context = self._context(_placed(lanes), Places(each, self.model.config.outer_reach))
         ids = torch.tensor([[token for r in requests for token in r.pending]], device=self._like.device)
-        e = self._run(_encode, lanes, Places(each, self.model.config.outer_reach), ids)
+        e = self._run(_encode, context, ids)
         h = self.model.recurrent.initial_state(e)
         counts = [len(at) for at in places]
         told = [(r.index, r.n_loops, r.table.exits[r.encoded - 1] if r.encoded else 0) for r in requests]
@@ -87,11 +88,12 @@ class Runner:
         lines, index = company.running.lines, company.chosen
         loops = flight.loop[company.running.firsts].tolist()
         lanes = [Lane(*lane) for lane in zip(company.tables, company.places.each, loops, strict=True)]
+        context = self._context(_placed(lanes), company.places)
         h, e = _of(flight.h, index), _of(flight.e, index)
         t = self._there(flight.loop[lines])
         own_index = loops[0] if len(lines) == 1 else t.view(1, -1, 1)
-        new = self._run(_loop, lanes, company.places, h[None], e[None], own_index)[0]
-        failures = self._settle(company, t, h, new)
+        new = self._run(_loop, context, h[None], e[None], own_index)[0]
+        failures = self._settle(company, context, t, h, new)
         flight.loop[lines] += 1
         return failures
 
@@ -124,12 +126,11 @@ class Runner:
         each = [int(at[0]) if len(at) == 1 else at for at in positions]
         lanes = [Lane(request.table, at, None) for (request, _), at in zip(ordered, each, strict=True)]
         states, places = _of(self._outputs(), self._index(lines)), Places(each, self.model.config.outer_reach)
-        last = np.cumsum(places.sizes) - 1
-        features = self._run(_features, lanes, places, states[None], wanted=last)[0]
+        context = self._context(lanes, places)
+        context.wanted = last = np.cumsum(places.sizes) - 1
+        features = self._run(_features, context, states[None])[0]
         if len(lines) > len(turns) or order != sorted(order):
             features = features[self._there(last[np.argsort(order)])]
-        context = self.model.context(len(turns))
-        context.stand_ins = self._stand_ins_at_ends(len(turns))
         return self.model.logits(features, context)
 
     def _index(self, lines: Ints) -> Tensor | None:
@@ -143,10 +144,14 @@ class Runner:
         flight = self.flight
         if self.model.recurrent.act is None:
             return flight.h
+        if not flight.active.any():
+            return flight.output
         rest = (1 - flight.mass) * self._there(flight.active)
         return torch.addcmul(flight.output, rest.unsqueeze(-1), flight.h)
 
-    def _settle(self, company: _Company, t: Tensor, before: Tensor, after: Tensor) -> list[Failure]:
+    def _settle(
+        self, company: _Company, context: ForwardContext, t: Tensor, before: Tensor, after: Tensor
+    ) -> list[Failure]:
         """Weigh the states after a loop, as `ACTAccumulator` does, or as `SettledState`, and halt who is done."""
         flight, act = self.flight, self.model.recurrent.act
         lines, index = company.running.lines, company.chosen
@@ -156,14 +161,15 @@ class Runner:
         failures = self._ask_rules(company, t, before, after, stops)
         flight.h = _put(flight.h, index, after)
         if act is not None:
-            stops = self._weigh(act, lines, index, after, stops)
+            stops = self._weigh(act, context, company, after, stops)
         flight.halt(lines[stops])
         return failures
 
-    def _weigh(self, act: ACTHalting, lines: Ints, index: Tensor | None, after: Tensor, stops: Bools) -> Bools:
+    def _weigh(self, act: ACTHalting, context: ForwardContext, company: _Company, after: Tensor, stops: Bools) -> Bools:
         """Add states to the flight's output; which of the lines stop, as those of `stops` do in any case."""
         flight, threshold = self.flight, self.model.config.act_threshold
-        compiled: FewRowsHalting | None = self._stand_ins_at_ends(len(after)).get(act)  # type: ignore[assignment]
+        lines, index = company.running.lines, company.chosen
+        compiled: FewRowsHalting | None = context.stand_ins.get(act)  # type: ignore[assignment]
         if compiled is not None:
             compiled.weigh(after.numpy(), threshold, lines, stops, flight.mass.numpy(), flight.output.numpy())
             return stops
@@ -208,38 +214,28 @@ class Runner:
             flight.memory[rule] = {name: _scatter(kept.get(name), mine, x, len(flight)) for name, x in memory.items()}
         return failures
 
-    def _run(
-        self,
-        stage: Stage,
-        lanes: Sequence[Lane],
-        places: Places,
-        *inputs: Tensor | int,
-        wanted: Ints | None = None,
-    ) -> Tensor:
-        """One stage for the positions of lanes.
-
-        They get new rows for what the layers keep of them, but for the `wanted` ones to be read out, which have theirs.
-        """
-        if wanted is None:
-            for table, positions, loop in lanes:
-                table.place(loop, positions)
-        if self._compiled is not None and places.n == len(lanes):
-            return self._compiled(stage, lanes, inputs)
+    def _context(self, lanes: Sequence[Lane], places: Places) -> WaveContext:
         context = WaveContext(self.model.config, self.cache, lanes, places, self._like, self._constants)
-        context.stand_ins, context.wanted = self._stand_ins(context.n_new, context.longest), wanted
+        if self._compiled is None or places.n > len(lanes):
+            self._few = self._few or FewRows(self.model)
+            context.stand_ins = self._few.stand_ins(context.n_new, context.longest)
+        return context
+
+    def _run(self, stage: Stage, context: WaveContext, *inputs: Tensor | int) -> Tensor:
+        """One stage for the positions of a wave."""
+        if self._compiled is not None and context.n_new == len(context.lanes):
+            return self._compiled(stage, context.lanes, inputs)
         return stage(self.model, context, *inputs)
-
-    def _stand_ins(self, n_positions: int, longest: int) -> dict[nn.Module, StandIn]:
-        if self._few is None:
-            self._few = FewRows(self.model)
-        return self._few.stand_ins(n_positions, longest)
-
-    def _stand_ins_at_ends(self, n_positions: int) -> dict[nn.Module, StandIn]:
-        """For head and halting, which see no keys; what is compiled otherwise does without them."""
-        return {} if self._compiled is not None else self._stand_ins(n_positions, longest=1)
 
     def _there(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._like.device)
+
+
+def _placed(lanes: Sequence[Lane]) -> Sequence[Lane]:
+    """Lanes, whose positions get new rows for what the layers keep of them."""
+    for table, positions, loop in lanes:
+        table.place(loop, positions)
+    return lanes
 
 
 def _encode(model: OpenMythos, context: ForwardContext, ids: Tensor) -> Tensor:

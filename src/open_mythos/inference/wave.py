@@ -87,18 +87,18 @@ class WaveContext(ForwardContext):
     ) -> None:
         """`places` are those of the lanes, with the window of their stage."""
         super().__init__(config, places.n, like.device, like.dtype, constants=constants)
-        self._cache, self._lanes, self._places = cache, lanes, places
+        self._cache, self.lanes, self._places = cache, lanes, places
         self._window = places.window
 
     @cached_property
     def _singles(self) -> list[tuple[int, Rows]]:
         """Lanes of one position: which, and the rows of its request."""
-        return [(at, table.seen(loop)) for table, at, loop in self._lanes if isinstance(at, int)]
+        return [(at, table.seen(loop)) for table, at, loop in self.lanes if isinstance(at, int)]
 
     @cached_property
     def _blocks(self) -> list[tuple[Rows, Rows]]:
         """The other lanes."""
-        return [(at, table.seen(loop)) for table, at, loop in self._lanes if not isinstance(at, int)]
+        return [(at, table.seen(loop)) for table, at, loop in self.lanes if not isinstance(at, int)]
 
     @property
     def longest(self) -> int:
@@ -126,7 +126,7 @@ class WaveContext(ForwardContext):
     @cached_property
     def _listed(self) -> tuple[Rows, Rows]:
         """Where the rows are listed that every position sees, and how many they are."""
-        tables = np.array([table.seen_at(loop) for table, _, loop in self._lanes], np.int64)
+        tables = np.array([table.seen_at(loop) for table, _, loop in self.lanes], np.int64)
         if len(tables) < self.n_new:
             tables = np.repeat(tables, self._places.sizes)
         return tables + self._places.before, self._places.counts

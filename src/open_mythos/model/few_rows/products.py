@@ -29,7 +29,7 @@ _LANES = 32
 _MOST_TOGETHER = 64 + CHANNELS_16
 """Channels whose sums are turned together, from channel by channel to row by row."""
 
-_FEW, _MANY = 8, 40
+_FEW, _MANY = 8, 32
 """More rows than the first are multiplied side by side; more than the second as whole matrices are."""
 
 
