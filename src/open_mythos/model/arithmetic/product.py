@@ -22,6 +22,7 @@ from open_mythos.model.arithmetic.registers import (
 from open_mythos.model.arithmetic.registers import (
     WIDE,
     add_products,
+    fetch,
     indices,
     mask_of,
     read,
@@ -104,6 +105,8 @@ def _turn_square(
         source, target = (start_of(context, builder, signature, args, k) for k in (0, 3))
         source_row, target_row, number = args[2], args[5], args[2].type
         starts = [builder.gep(source, [builder.mul(source_row, number(k))]) for k in range(WIDE)]
+        for start in starts:
+            fetch(builder, start, number(4 * WIDE), 1)
         rows = [read(builder, start) for start in starts]
         step = 1
         while step < WIDE:
