@@ -117,7 +117,10 @@ class RowTable:
         """(slots, capacity): the looped entry that queries see; where a position has none of that slot, its last."""
         self.exits = np.zeros(capacity, np.int64)
         """(capacity,): how many loops each position has run."""
-        self._outer_at, self._looped_at = self.outer.ctypes.data, self.looped.ctypes.data
+        slots = [cache.layout.sharing.slot(loop) for loop in range(n_loops)]
+        self._outer_at = self.outer.ctypes.data
+        self._looped_at = [self.looped.ctypes.data + slot * self.outer.nbytes for slot in slots]
+        """By loop."""
         self._free_outer: list[int] = []
         self._free_looped: list[int] = []
         self.pages: list[int] = []
@@ -139,7 +142,7 @@ class RowTable:
 
     def seen_at(self, loop: int | None) -> int:
         """The address of what is `seen`; whoever uses it keeps the table."""
-        return self._outer_at if loop is None else self._looped_at + self._layout.sharing.slot(loop) * self.outer.nbytes
+        return self._outer_at if loop is None else self._looped_at[loop]
 
     def drop(self, positions: range) -> None:
         """Free the rows of positions that turned out not to be wanted."""

@@ -60,15 +60,17 @@ class Flight:
 
     def add(self, owner: Ints, position: Ints, most: Ints, reached: Ints, h: Tensor, e: Tensor) -> None:
         """New lines that have not run a loop yet."""
-        self._running = None
-        n = len(owner)
-        self.owner, self.position = np.concatenate([self.owner, owner]), np.concatenate([self.position, position])
-        self.most, self.reached = np.concatenate([self.most, most]), np.concatenate([self.reached, reached])
-        self.loop = np.concatenate([self.loop, np.zeros(n, np.int64)])
-        self.active = np.concatenate([self.active, np.ones(n, np.bool_)])
-        self.h, self.e = torch.cat([self.h, h]), torch.cat([self.e, e])
-        self.mass = torch.cat([self.mass, e.new_zeros(n)])
-        self.output = torch.cat([self.output, torch.zeros_like(e)])
+        n, self._running = len(owner), None
+        begun, active = np.zeros(n, np.int64), np.ones(n, np.bool_)
+        mass, output = e.new_zeros(n), torch.zeros_like(e)
+        if len(self):
+            owner, position = np.concatenate([self.owner, owner]), np.concatenate([self.position, position])
+            most, reached = np.concatenate([self.most, most]), np.concatenate([self.reached, reached])
+            begun, active = np.concatenate([self.loop, begun]), np.concatenate([self.active, active])
+            h, e = torch.cat([self.h, h]), torch.cat([self.e, e])
+            mass, output = torch.cat([self.mass, mass]), torch.cat([self.output, output])
+        self.owner, self.position, self.most, self.reached = owner, position, most, reached
+        self.loop, self.active, self.h, self.e, self.mass, self.output = begun, active, h, e, mass, output
         for memory in self.memory.values():
             for name, kept in memory.items():
                 memory[name] = torch.cat([kept, kept.new_zeros(n, *kept.shape[1:])])

@@ -77,7 +77,7 @@ class Runner:
         h = self.model.recurrent.initial_state(e)
         counts = [len(at) for at in places]
         told = [(r.index, r.n_loops, r.table.exits[r.encoded - 1] if r.encoded else 0) for r in requests]
-        owner, most, reached = np.repeat(told, counts, axis=0).T
+        owner, most, reached = np.repeat(np.array(told).T, counts, axis=1)
         self.flight.add(owner, np.concatenate(places), most, reached, h[0], e[0])
         for request in requests:
             request.encoded = len(request.tokens)
