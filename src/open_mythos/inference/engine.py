@@ -32,6 +32,9 @@ from open_mythos.model.mythos import OpenMythos
 
 Prompt = Sequence[int]
 
+_LOOPS_AT_ONCE = 4
+"""After so many, a step ends: others may want to begin or be cancelled."""
+
 
 class Event(NamedTuple):
     """A new token of a request, or its end."""
@@ -178,7 +181,7 @@ class Engine:
         return self._submit([prompt], params)[0]
 
     def step(self) -> list[Event]:
-        """Begin what there is room for, then run one loop, or take next tokens from what has halted."""
+        """Begin what there is room for, then run a few loops, or take next tokens from what has halted."""
         begin = time.perf_counter()
         with torch.inference_mode(), evaluating(self._modules):
             fresh = self._begin()
@@ -186,7 +189,7 @@ class Engine:
             if fresh or self.scheduler.takes_turn(due.n, due.others):
                 events = self._turn(due, fresh)
             else:
-                events = self._loop(due.looping)
+                events = self._loops(due)
         self._stats.seconds += time.perf_counter() - begin
         return events
 
@@ -357,13 +360,17 @@ class Engine:
             return bool(request.drafts)  # else it is final, and needs no guess
         return bool(flight.loop[newest] >= speculation.loops)
 
-    def _loop(self, n_looping: int) -> list[Event]:
-        flight = self.runner.flight
-        self._stats.waves += 1
-        self._stats.loops += int(flight.active.sum())
-        self._stats.lanes += n_looping
-        failures = self.runner.loop(self._requests)
-        self._stats.peak_cache_bytes = max(self._stats.peak_cache_bytes, self.cache.bytes_in_use)
+    def _loops(self, due: _Due) -> list[Event]:
+        """A loop, and others while all that is due stays the same: nobody has halted, come near a guess, or failed."""
+        flight, stats, failures = self.runner.flight, self._stats, list[Failure]()
+        for _ in range(1 if due.speculate else _LOOPS_AT_ONCE):
+            stats.waves += 1
+            stats.loops += len(due.running.lines)
+            stats.lanes += due.looping
+            failures = self.runner.loop(self._requests)
+            if failures or flight.running is not due.running:
+                break
+        stats.peak_cache_bytes = max(stats.peak_cache_bytes, self.cache.bytes_in_use)
         events = [self._fail(failure) for failure in failures]
         if failures:
             flight.keep(self._still_wanted())
