@@ -117,9 +117,9 @@ class RowTable:
         """(slots, capacity): the looped entry that queries see; where a position has none of that slot, its last."""
         self.exits = np.zeros(capacity, np.int64)
         """(capacity,): how many loops each position has run."""
-        slots = [cache.layout.sharing.slot(loop) for loop in range(n_loops)]
+        self._slots = [cache.layout.sharing.slot(loop) for loop in range(n_loops)]
         self._outer_at = self.outer.ctypes.data
-        self._looped_at = [self.looped.ctypes.data + slot * self.outer.nbytes for slot in slots]
+        self._looped_at = [self.looped.ctypes.data + slot * self.outer.nbytes for slot in self._slots]
         """By loop."""
         self._free_outer: list[int] = []
         self._free_looped: list[int] = []
@@ -132,13 +132,13 @@ class RowTable:
                 self.outer[positions] = self._take(self._free_outer, self._layout.outer_width, positions)
             return
         self.exits[positions] = loop + 1
-        slot = self._layout.sharing.slot(loop)
+        slot = self._slots[loop]
         if slot == loop:  # a later loop of the same slot writes over it
             self.looped[slot:, positions] = self._take(self._free_looped, self._layout.loop_width, positions)
 
     def seen(self, loop: int | None) -> Rows:
         """Where the rows begin that queries at this loop read, (capacity,)."""
-        return self.outer if loop is None else self.looped[self._layout.sharing.slot(loop)]
+        return self.outer if loop is None else self.looped[self._slots[loop]]
 
     def seen_at(self, loop: int | None) -> int:
         """The address of what is `seen`; whoever uses it keeps the table."""
@@ -171,12 +171,18 @@ class RowTable:
         self.pages, self._free_outer, self._free_looped = [], [], []
 
     def _take(self, free: list[int], width: int, positions: Rows | int) -> list[int] | int:
-        n = 1 if isinstance(positions, int) else len(positions)
-        while len(free) < n:
-            page, size = self._cache.pages.take(), self._layout.page_rows
-            self.pages.append(page)
-            free[:0] = range((page + 1) * size - width, page * size - 1, -width)
-        return free.pop() if isinstance(positions, int) else [free.pop() for _ in range(n)]
+        if isinstance(positions, int):
+            if not free:
+                self._take_page(free, width)
+            return free.pop()
+        while len(free) < len(positions):
+            self._take_page(free, width)
+        return [free.pop() for _ in range(len(positions))]
+
+    def _take_page(self, free: list[int], width: int) -> None:
+        page, size = self._cache.pages.take(), self._layout.page_rows
+        self.pages.append(page)
+        free[:0] = range((page + 1) * size - width, page * size - 1, -width)
 
 
 def _zeros(size: tuple[int, ...], like: Tensor) -> Tensor:

@@ -68,17 +68,20 @@ class Runner:
     def encode(self, requests: Sequence[Request]) -> None:
         """Put the positions of each request that have not been encoded yet into the flight."""
         requests = sorted(requests, key=lambda request: len(request.pending) > 1)
-        places = [np.arange(r.encoded, len(r.tokens)) for r in requests]
-        each = [r.encoded if len(at) == 1 else at for r, at in zip(requests, places, strict=True)]
+        ends = [len(request.tokens) for request in requests]
+        each = [
+            r.encoded if end == r.encoded + 1 else np.arange(r.encoded, end)
+            for r, end in zip(requests, ends, strict=True)
+        ]
+        places = Places(each, self.model.config.outer_reach)
         lanes = [Lane(r.table, at, None) for r, at in zip(requests, each, strict=True)]
-        context = self._context(_placed(lanes), Places(each, self.model.config.outer_reach))
         ids = torch.tensor([[token for r in requests for token in r.pending]], device=self._like.device)
-        e = self._run(_encode, context, ids)
+        e = self._run(_encode, self._context(_placed(lanes), places), ids)
         h = self.model.recurrent.initial_state(e)
-        counts = [len(at) for at in places]
-        told = [(r.index, r.n_loops, r.table.exits[r.encoded - 1] if r.encoded else 0) for r in requests]
-        owner, most, reached = np.repeat(np.array(told).T, counts, axis=1)
-        self.flight.add(owner, np.concatenate(places), most, reached, h[0], e[0])
+        reached = [int(r.table.exits[r.encoded - 1]) if r.encoded else 0 for r in requests]
+        told = np.array([[r.index for r in requests], [r.n_loops for r in requests], reached])
+        owner, most, before = told if places.n == len(lanes) else np.repeat(told, places.sizes, axis=1)
+        self.flight.add(owner, places.positions, most, before, h[0], e[0])
         for request in requests:
             request.encoded = len(request.tokens)
 
@@ -102,10 +105,10 @@ class Runner:
         flight, running = self.flight, self.flight.running
         if self._latest is None or self._latest.running is not running:
             owners = [requests[owner] for owner in flight.owner[running.firsts].tolist()]
-            positions, end, each = flight.position[running.lines], 0, list[Ints | int]()
-            for n in running.lengths:
-                each.append(positions[end : end + n] if n > 1 else int(positions[end]))
-                end += n
+            positions = flight.position[running.lines]
+            each: list[Ints | int] = positions.tolist()
+            if len(positions) > len(running.lengths):
+                each = [_place(run) for run in np.split(positions, np.cumsum(running.lengths)[:-1])]
             asking: dict[ExitRule, list[int]] = {}
             for i, owner in enumerate(np.repeat(np.arange(len(owners)), running.lengths).tolist()):
                 rule = owners[owner].params.exit_rule
@@ -122,8 +125,9 @@ class Runner:
         order = sorted(range(len(turns)), key=lambda i: len(turns[i].lines) > 1)
         ordered = [turns[i] for i in order]
         lines = np.array([line for turn in ordered for line in turn.lines])
-        positions = [flight.position[own.start : own.stop] for _, own in ordered]
-        each = [int(at[0]) if len(at) == 1 else at for at in positions]
+        each: list[Ints | int] = flight.position[lines].tolist()
+        if len(lines) > len(turns):
+            each = [_place(flight.position[own.start : own.stop]) for _, own in ordered]
         lanes = [Lane(request.table, at, None) for (request, _), at in zip(ordered, each, strict=True)]
         states, places = _of(self._outputs(), self._index(lines)), Places(each, self.model.config.outer_reach)
         context = self._context(lanes, places)
@@ -229,6 +233,11 @@ class Runner:
 
     def _there(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._like.device)
+
+
+def _place(positions: Ints) -> Ints | int:
+    """As lanes have it."""
+    return positions if len(positions) > 1 else int(positions[0])
 
 
 def _placed(lanes: Sequence[Lane]) -> Sequence[Lane]:
