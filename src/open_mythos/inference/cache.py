@@ -118,8 +118,8 @@ class RowTable:
         self.exits = np.zeros(capacity, np.int64)
         """(capacity,): how many loops each position has run."""
         self._slots = [cache.layout.sharing.slot(loop) for loop in range(n_loops)]
-        self._outer_at = self.outer.ctypes.data
-        self._looped_at = [self.looped.ctypes.data + slot * self.outer.nbytes for slot in self._slots]
+        self._outer_at, first = self.outer.ctypes.data, self.looped.ctypes.data
+        self._looped_at = [first + slot * self.outer.nbytes for slot in self._slots]
         """By loop."""
         self._free_outer: list[int] = []
         self._free_looped: list[int] = []

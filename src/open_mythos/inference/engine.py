@@ -33,7 +33,7 @@ from open_mythos.model.mythos import OpenMythos
 Prompt = Sequence[int]
 
 _LOOPS_AT_ONCE = 4
-"""After so many, a step ends: others may want to begin or be cancelled."""
+"""After so many, a step ends whoever is due: others may want to begin or be cancelled."""
 
 
 class Event(NamedTuple):
@@ -91,8 +91,8 @@ class _Due(NamedTuple):
 
     running: Running
     """What was looping when it was found."""
-    speculate: bool
-    """Whether any request does."""
+    loops: int | None
+    """After how many more a guess may be due; None if nobody waits for one."""
     final: list[Turn]
     """Positions that have their last state."""
     guessing: list[Turn]
@@ -327,43 +327,43 @@ class Engine:
         return self._reuses and (self.model.config.halting != "settled" or request.params.exit_rule is None)
 
     def _due(self) -> _Due:
-        """Who is due: whoever was before, if nobody has begun, halted or ended since, nor come nearer to a guess."""
-        running = self.runner.flight.running
-        if self._latest_due is None or self._latest_due.running is not running or self._latest_due.speculate:
-            self._latest_due = self._find_due(running)
-        return self._latest_due
+        """Who is due: whoever was before, if nobody has begun, halted or ended since, nor can come near a guess."""
+        running, latest = self.runner.flight.running, self._latest_due
+        if latest is None or latest.running is not running or latest.loops is not None:
+            self._latest_due = latest = self._find_due(running)
+        return latest
 
     def _find_due(self, running: Running) -> _Due:
         flight = self.runner.flight
         looping, active = set(flight.owner[running.lines].tolist()), flight.active.tolist()
-        speculate = False
+        loops: int | None = None
         final, guessing = list[Turn](), list[Turn]()
         for index, (first, last) in flight.ends().items():
             request = self._begun[index]
             if index not in looping or not any(active[first : first + request.turn]):
                 final.append(Turn(request, range(first, first + request.turn)))
-            if request.params.speculation is not None:
-                speculate = True
-                if self._may_guess(request, last):
+            if request.params.speculation is not None and self._may_guess(request, last):
+                missing = request.params.speculation.loops - int(flight.loop[last])
+                if missing <= 0 or not active[last]:
                     guessing.append(Turn(request, range(last, last + 1)))
+                loops = max(1, missing) if loops is None else min(loops, max(1, missing))
         due = {turn.request.index for turn in (*final, *guessing)}
-        return _Due(running, speculate, final, guessing, len(due), len(looping), len(looping - due))
+        return _Due(running, loops, final, guessing, len(due), len(looping), len(looping - due))
 
     def _may_guess(self, request: Request, newest: int) -> bool:
+        """Whether a guess is wanted after the newest position, as soon as that is far enough."""
         speculation, flight = request.params.speculation, self.runner.flight
         assert speculation is not None
         if request.done < len(request.prompt) or len(request.drafts) >= speculation.most:
             return False
         if len(request.output.token_ids) + len(request.drafts) + 2 > request.params.max_new_tokens:
             return False
-        if not flight.active[newest]:
-            return bool(request.drafts)  # else it is final, and needs no guess
-        return bool(flight.loop[newest] >= speculation.loops)
+        return bool(flight.active[newest] or request.drafts)  # else it is final, and needs no guess
 
     def _loops(self, due: _Due) -> list[Event]:
-        """A loop, and others while all that is due stays the same: nobody has halted, come near a guess, or failed."""
+        """Loops, while nobody halts or fails."""
         flight, stats, failures = self.runner.flight, self._stats, list[Failure]()
-        for _ in range(1 if due.speculate else _LOOPS_AT_ONCE):
+        for _ in range(min(due.loops or _LOOPS_AT_ONCE, _LOOPS_AT_ONCE)):
             stats.waves += 1
             stats.loops += len(due.running.lines)
             stats.lanes += due.looping

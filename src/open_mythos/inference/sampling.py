@@ -112,6 +112,8 @@ def _choice(logits: Tensor, line: int, likeliest: int, asked: Asked) -> Choice:
 
 def draw_draft(logits: Tensor, asked: Asked) -> Draft:
     """A guess from logits (vocab_size,)."""
+    if _is_plain(asked.params):
+        return Draft(int(logits.argmax()), None)
     probabilities = _probabilities(logits.float(), asked)
     return Draft(int(torch.multinomial(probabilities, 1, generator=asked.random)), probabilities)
 

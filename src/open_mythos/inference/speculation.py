@@ -28,10 +28,10 @@ class Speculation:
 
 
 class Draft(NamedTuple):
-    """A guess, and the probabilities (vocab_size,) from which it was drawn."""
+    """A guess, and the probabilities (vocab_size,) from which it was drawn; None where the likeliest token is taken."""
 
     token: int
-    probabilities: Tensor
+    probabilities: Tensor | None
 
 
 def settle(draft: Draft, probabilities: Tensor, random: torch.Generator) -> int:
@@ -40,6 +40,7 @@ def settle(draft: Draft, probabilities: Tensor, random: torch.Generator) -> int:
     Speculative sampling (Leviathan et al. 2023, arXiv 2211.17192, theorem 3.5): the guess stands with probability
     p / q; otherwise the token is drawn from what p has more than q.
     """
+    assert draft.probabilities is not None, "whoever takes the likeliest token need not settle"
     p, q = probabilities[draft.token], draft.probabilities[draft.token]
     if float(torch.rand((), generator=random)) * float(q) < float(p):
         return draft.token
