@@ -96,6 +96,31 @@ def test_the_engine_is_the_model(seed: int) -> None:
     assert engine.cache.pages.n_free == engine.cache.pages.n_pages
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_how_many_loops_a_step_runs_changes_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither results nor what was computed for them: guesses are made after as many loops, turns begin as early."""
+    random = Random(7000 + seed)
+    config = _config(random)
+    model = tiny_model(config, seed)
+    prompts = _prompts(random, random.randint(1, 4), config.vocab_size)
+    params = [
+        replace(
+            _greedy(random),
+            n_loops=random.randint(1, 12),
+            speculation=None
+            if config.halting == "settled" or random.random() < 0.4
+            else Speculation(random.randint(1, 7), 3),
+        )
+        for _ in prompts
+    ]
+    found = []
+    for at_once in (1, 4, 20):
+        monkeypatch.setattr("open_mythos.inference.engine._LOOPS_AT_ONCE", at_once)
+        engine = Engine(model, max_batch_tokens=20, cache_bytes=2**20)
+        found.append((engine.generate(prompts, params), replace(engine.stats(), seconds=0)))
+    assert found[0] == found[1] == found[2]
+
+
 def _engine(**changes) -> Engine:
     return Engine(tiny_model(tiny_config()), **{"cache_bytes": 2**20, **changes})
 

@@ -18,6 +18,7 @@ from open_mythos.model.few_rows import stand_ins
 from open_mythos.model.few_rows.block import FewRowsBlocks, Given
 from open_mythos.model.few_rows.token import FewRowsToken
 from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.sequence_store import SequenceStore
 from tiny import random_ids, tiny_config, tiny_model
 
 SEQ = 14
@@ -74,15 +75,43 @@ def test_every_step_equals_the_full_forward(
 
 @pytest.mark.parametrize(("few", "pairs"), [(0, 4096), (6, 4096), (64, 4096), (64, 10)])
 @pytest.mark.parametrize(("prompt", "batch"), [(5, 1), (13, 1), (1, 3), (4, 2)])
+@pytest.mark.parametrize("coda_layers", [1, 2])
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
 def test_prompts_and_batches_share_the_store(
-    attn_type: str, prompt: int, batch: int, few: int, pairs: int, forced: list[Tensor], monkeypatch: pytest.MonkeyPatch
+    attn_type: str,
+    coda_layers: int,
+    prompt: int,
+    batch: int,
+    few: int,
+    pairs: int,
+    forced: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With prompts and tokens that are many, only prompts, none of either, and tokens once what they see is much."""
     monkeypatch.setattr(stand_ins, "_MOST", few)
+    monkeypatch.setattr(stand_ins, "_MOST_KEYS", 128)
     monkeypatch.setattr(stand_ins, "_MOST_PAIRS", pairs)
-    model = tiny_model(tiny_config(attn_type, window=4))
+    model = tiny_model(tiny_config(attn_type, window=4, coda_layers=coda_layers))
     assert_every_step_equals_the_full_forward(model, 6, forced, prompt, batch)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("last", [1, 2, 5, 9])
+@pytest.mark.parametrize("changes", [{}, {"coda_layers": 3}, {"coda_layers": 0}, {"use_rope": False}])
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+def test_what_is_asked_for_is_what_it_is_among_all(attn_type: str, changes: dict[str, Any], last: int) -> None:
+    """The coda's last layer then computes nothing else, but stores every position's keys and values."""
+    model = tiny_model(tiny_config(attn_type, **changes))
+    h = torch.randn(3, 9, model.config.dim)
+    found = []
+    for asked in (None, last):
+        context = model.context(9, SequenceStore(model.config, 3, 9, h))
+        context.stand_ins = stand_ins.FewRows(model).stand_ins(27, 9)
+        assert model.coda in context.stand_ins
+        store, features = context.store, model.features(h, context, last=asked)[:, -last:]
+        stored = [slot.seen(slice(0, 9)) for slot in store._slots.values()]  # type: ignore[attr-defined]
+        found.append([features, *(tensor for entries in stored for tensor in entries.values())])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
