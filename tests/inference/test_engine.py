@@ -100,16 +100,16 @@ def test_the_engine_is_the_model(seed: int) -> None:
 def test_how_many_loops_a_step_runs_changes_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither results nor what was computed for them: guesses are made after as many loops, turns begin as early."""
     random = Random(7000 + seed)
-    config = _config(random)
+    config = _config(random).replace(halting="none")
     model = tiny_model(config, seed)
     prompts = _prompts(random, random.randint(1, 4), config.vocab_size)
     params = [
-        replace(
-            _greedy(random),
-            n_loops=random.randint(1, 12),
-            speculation=None
-            if config.halting == "settled" or random.random() < 0.4
-            else Speculation(random.randint(1, 7), 3),
+        SamplingParams(
+            max_new_tokens=random.randint(4, 10),
+            n_loops=random.randint(8, 12),
+            temperature=0.0,
+            exit_rule=random.choice([None, None, StateChange(0.02)]),
+            speculation=random.choice([None, Speculation(random.randint(1, 7), 3)]),
         )
         for _ in prompts
     ]
@@ -119,6 +119,8 @@ def test_how_many_loops_a_step_runs_changes_nothing(seed: int, monkeypatch: pyte
         engine = Engine(model, max_batch_tokens=20, cache_bytes=2**20)
         found.append((engine.generate(prompts, params), replace(engine.stats(), seconds=0)))
     assert found[0] == found[1] == found[2]
+    plain = all(one.speculation is None or one.exit_rule is not None for one in params)
+    assert plain or found[0][1].drafted > 0
 
 
 def _engine(**changes) -> Engine:
