@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
+import weakref
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -421,3 +424,24 @@ def test_weights_changed_after_a_stream_was_left_are_seen() -> None:
             parameter.mul_(-0.7)
     (found,), (expected,) = (e.generate([[1, 2, 3]], params) for e in (engine, Engine(model, cache_bytes=2**20)))
     assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+
+
+def test_what_has_ended_is_let_go() -> None:
+    engine = _engine()
+    request = engine.submit([1, 2, 3], SamplingParams(max_new_tokens=3, n_loops=3))
+    table = weakref.ref(request.table)
+    while engine.busy:
+        engine.step()
+    del request
+    gc.collect()
+    assert table() is None
+    assert engine.step() == []
+
+
+def test_a_request_for_very_many_loops_takes_no_memory() -> None:
+    tracemalloc.start()
+    request = _engine().submit([1, 2], SamplingParams(max_new_tokens=1, n_loops=10**7))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert request.output.finish_reason == "error"
+    assert peak < 10 * 2**20

@@ -115,6 +115,24 @@ def test_what_is_asked_for_is_what_it_is_among_all(attn_type: str, changes: dict
 
 
 @torch.no_grad()
+def test_asking_for_some_leaves_nothing_behind() -> None:
+    model = tiny_model(tiny_config(coda_layers=2))
+    h = torch.randn(1, 6, model.config.dim)
+    context = model.context(6, SequenceStore(model.config, 1, 6, h))
+    context.stand_ins = stand_ins.FewRows(model).stand_ins(6, 6)
+    before, _ = model.features(h, context), model.features(h, context, last=1)
+    torch.testing.assert_close(model.features(h, context), before)
+
+
+def test_lists_of_other_modules_do_not_matter() -> None:
+    model = tiny_model(tiny_config())
+    ids = random_ids(model.config, 1, 4)
+    expected = model.generate(ids, 3, 3, temperature=0)
+    model.probes = torch.nn.ModuleList([torch.nn.Linear(model.config.dim, 2, bias=False)])
+    assert torch.equal(model.generate(ids, 3, 3, temperature=0), expected)
+
+
+@torch.no_grad()
 def test_the_models_here_halt_at_different_loops() -> None:
     """Otherwise the tests above would not see a position that takes rows of a loop it never ran."""
     for attn_type in ("gqa", "mla"):

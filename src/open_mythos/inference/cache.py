@@ -117,10 +117,8 @@ class RowTable:
         """(slots, capacity): the looped entry that queries see; where a position has none of that slot, its last."""
         self.exits = np.zeros(capacity, np.int64)
         """(capacity,): how many loops each position has run."""
-        self._slots = [cache.layout.sharing.slot(loop) for loop in range(n_loops)]
-        self._outer_at, first = self.outer.ctypes.data, self.looped.ctypes.data
-        self._looped_at = [first + slot * self.outer.nbytes for slot in self._slots]
-        """By loop."""
+        self._slot, self._slot_bytes = cache.layout.sharing.slot, self.outer.nbytes
+        self._outer_at, self._looped_at = self.outer.ctypes.data, self.looped.ctypes.data
         self._free_outer: list[int] = []
         self._free_looped: list[int] = []
         self.pages: list[int] = []
@@ -132,17 +130,17 @@ class RowTable:
                 self.outer[positions] = self._take(self._free_outer, self._layout.outer_width, positions)
             return
         self.exits[positions] = loop + 1
-        slot = self._slots[loop]
+        slot = self._slot(loop)
         if slot == loop:  # a later loop of the same slot writes over it
             self.looped[slot:, positions] = self._take(self._free_looped, self._layout.loop_width, positions)
 
     def seen(self, loop: int | None) -> Rows:
         """Where the rows begin that queries at this loop read, (capacity,)."""
-        return self.outer if loop is None else self.looped[self._slots[loop]]
+        return self.outer if loop is None else self.looped[self._slot(loop)]
 
     def seen_at(self, loop: int | None) -> int:
         """The address of what is `seen`; whoever uses it keeps the table."""
-        return self._outer_at if loop is None else self._looped_at[loop]
+        return self._outer_at if loop is None else self._looped_at + self._slot(loop) * self._slot_bytes
 
     def drop(self, positions: range) -> None:
         """Free the rows of positions that turned out not to be wanted."""

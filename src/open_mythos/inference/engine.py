@@ -182,6 +182,8 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Begin what there is room for, then run a few loops, or take next tokens from what has halted."""
+        if not self.busy:
+            return []
         begin = time.perf_counter()
         with torch.inference_mode(), evaluating(self._modules):
             fresh = self._begin()
@@ -232,8 +234,6 @@ class Engine:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"params has {len(each)} entries; it must have one for each of the {len(prompts)} prompts")
-        if not self.busy:
-            self.runner.rest()
         requests = [self._request(list(prompt), one) for prompt, one in zip(prompts, each, strict=True)]
         for request in requests:
             if request.output.finish_reason is None:
@@ -463,6 +463,9 @@ class Engine:
             request.output.text += request.text.finish()
         del self._requests[request.index]
         self._begun.pop(request.index, None)
+        if not self.busy:
+            self._latest_due = None
+            self.runner.rest()
 
 
 def _asked(request: Request) -> Asked:

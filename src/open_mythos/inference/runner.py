@@ -6,6 +6,7 @@ Main entry: `Runner`. It calls the model's own three stages, head and halting, a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -62,8 +63,8 @@ class Runner:
         self._latest: _Company | None = None
 
     def rest(self) -> None:
-        """Nothing is being computed, and weights may have changed."""
-        self._constants, self._few = {}, None
+        """Nothing is being computed, and weights may change."""
+        self._constants, self._few, self._latest = {}, None, None
 
     def encode(self, requests: Sequence[Request]) -> None:
         """Put the positions of each request that have not been encoded yet into the flight."""
@@ -130,9 +131,9 @@ class Runner:
             each = [_place(flight.position[own.start : own.stop]) for _, own in ordered]
         lanes = [Lane(request.table, at, None) for (request, _), at in zip(ordered, each, strict=True)]
         states, places = _of(self._outputs(), self._index(lines)), Places(each, self.model.config.outer_reach)
-        context = self._context(lanes, places)
-        context.wanted = last = np.cumsum(places.sizes) - 1
-        features = self._run(_features, context, states[None])[0]
+        context, last = self._context(lanes, places), np.cumsum(places.sizes) - 1
+        stage = partial(_features, wanted=last) if len(lines) > len(turns) else _features
+        features = self._run(stage, context, states[None])[0]
         if len(lines) > len(turns) or order != sorted(order):
             features = features[self._there(last[np.argsort(order)])]
         return self.model.logits(features, context)
@@ -255,8 +256,8 @@ def _loop(model: OpenMythos, context: ForwardContext, h: Tensor, e: Tensor, own_
     return model.recurrent.step(h, e, 0, context, own_index=own_index)
 
 
-def _features(model: OpenMythos, context: ForwardContext, states: Tensor) -> Tensor:
-    return model.features(states, context)
+def _features(model: OpenMythos, context: ForwardContext, states: Tensor, wanted: Ints | None = None) -> Tensor:
+    return model.features(states, context, wanted=wanted)
 
 
 def _of(x: Tensor, index: Tensor | None) -> Tensor:

@@ -15,7 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Speculation:
-    """After `loops` loops a position's state is read for a guess, from which the next position starts."""
+    """After `loops` loops, or later where others go first, a position's state is read for a guess.
+
+    From that the next position starts.
+    """
 
     loops: int = 2
     most: int = 8

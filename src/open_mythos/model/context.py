@@ -72,8 +72,6 @@ class ForwardContext:
         """Slots per expert at each address, filled by the layers if it is a dict; None where nobody asks."""
         self.stand_ins: Mapping[nn.Module, StandIn] = {}
         """In a pass over few positions: what stands in for a module."""
-        self.wanted: Rows | None = None
-        """Which of all positions of a pass over few are asked for from here on, in ascending order; None for all."""
         self.whole_layers: WholeLayers | None = None
         """In a pass over whole sequences: what finds a stand-in for a layer."""
         self.injected: Injected | None = None

@@ -28,6 +28,7 @@ from open_mythos.model.init import init_weights
 from open_mythos.model.many_rows.stand_ins import ManyRows
 from open_mythos.model.norm import RMSNorm
 from open_mythos.model.recurrent import RecurrentBlock
+from open_mythos.model.rows import Rows
 from open_mythos.model.sequence_store import SequenceStore
 
 
@@ -94,12 +95,22 @@ class OpenMythos(nn.Module):
         context = context or self.context(h.shape[1])
         return self.logits(self.features(h, context, last=last), context)
 
-    def features(self, h: Tensor, context: ForwardContext | None = None, *, last: int | None = None) -> Tensor:
-        """What `decode` multiplies with the head: coda and norm of a state h, (batch, seq, dim)."""
+    def features(
+        self,
+        h: Tensor,
+        context: ForwardContext | None = None,
+        *,
+        last: int | None = None,
+        wanted: Rows | None = None,
+    ) -> Tensor:
+        """What `decode` multiplies with the head: coda and norm of a state h, (batch, seq, dim).
+
+        If only some are `wanted` of all positions of the batch, in ascending order, others may come out as anything.
+        """
         context = context or self.context(h.shape[1])
         if last is not None:
-            context.wanted = np.arange(h.shape[0] * h.shape[1]).reshape(h.shape[:2])[:, -last:].flatten()
-        x = self._run(self.coda, "coda", h, context)
+            wanted = np.arange(h.shape[0] * h.shape[1]).reshape(h.shape[:2])[:, -last:].flatten()
+        x = self._run(self.coda, "coda", h, context, wanted)
         return context.layer(self.norm)(x if last is None else x[:, -last:])
 
     def logits(self, features: Tensor, context: ForwardContext) -> Tensor:
@@ -122,9 +133,11 @@ class OpenMythos(nn.Module):
             context.whole_layers = ManyRows()
         return context
 
-    def _run(self, blocks: nn.ModuleList, stage: Stage, x: Tensor, context: ForwardContext) -> Tensor:
+    def _run(
+        self, blocks: nn.ModuleList, stage: Stage, x: Tensor, context: ForwardContext, wanted: Rows | None = None
+    ) -> Tensor:
         if blocks in context.stand_ins:
-            return context.stand_ins[blocks](x, context, CacheAddress(stage, 0), context.wanted)
+            return context.stand_ins[blocks](x, context, CacheAddress(stage, 0), wanted)
         for layer, block in enumerate(blocks):
             x = block(x, context, CacheAddress(stage, layer))
         return x

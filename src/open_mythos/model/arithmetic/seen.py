@@ -43,7 +43,7 @@ SPARE = _SUMS
 """How many numbers behind the last score may be written."""
 
 MIXED = REGISTERS // 4 * WIDE
-"""How many columns `mix_1` and `mix_4` take; `narrow_1` and `narrow_4` take `WIDE` or fewer."""
+"""How many columns `mix_1` and `mix_4` take, whatever `width` says; `narrow_1` and `narrow_4` take that or `WIDE`."""
 
 
 def _score(queries: int) -> Callable[..., None]:

@@ -34,7 +34,7 @@ _FORWARD: dict[type[nn.Module], Any] = {kind: kind.forward for kind in _KNOWN}
 _ASKS_ITSELF = (Block, RecurrentBlock)
 _STOOD_IN_FOR = (*_ASKS_ITSELF, RMSNorm, ACTHalting)
 WHOLES = (nn.Linear, nn.Embedding, nn.ModuleList)
-"""What is asked for by the model itself, head or stage, which no hook of theirs then sees."""
+"""Heads and stages: the model asks for their stand-ins, so they have one only where nothing is hooked to them."""
 
 
 def collect(module: nn.Module, plain: list[nn.Module]) -> bool:

@@ -136,6 +136,7 @@ def add_layers(
 def _add_to_few(
     stream: Array, rotations: Array, layer: Any, entries: Rows, rows: Rows, counts: Rows, wanted: Rows, threads: int
 ) -> None:
+    """Store all rows' keys and values, then compute the wanted ones alone; these are stored twice, which is cheap."""
     _store(stream, rotations, layer, entries, rows, counts, threads)
     own, own_rotations = np.empty((len(wanted), stream.shape[1]), np.float32), rotations
     gather(stream, wanted, own)

@@ -41,14 +41,12 @@ class FewRows:
         self._whole = all(all_known) and not is_patched(model)  # and nothing looks at what goes on in it
         plain += [part for part, known in zip(parts, all_known, strict=True) if known and isinstance(part, WHOLES)]
         self._threads: Threads | None = None
-        self._layers: dict[nn.Module, Layer] = {}
         self._found: dict[nn.Module, StandIn] = {}
         if plain and not has_global_hooks() and compiles():
             from open_mythos.model.arithmetic.compiled import Threads
 
             self._threads = Threads()
-            self._layers = _layers(plain)
-            self._found = _stand_ins(plain, self._layers, self._threads)
+            self._found = _stand_ins(plain, _layers(plain), self._threads)
 
     def stand_ins(self, n_positions: int, longest: int) -> dict[nn.Module, StandIn]:
         """By module, for a pass over so many positions that see at most `longest` keys: nothing if these are not few.
@@ -107,7 +105,7 @@ def _stand_ins(modules: list[nn.Module], layers: dict[nn.Module, Layer], threads
     found: dict[nn.Module, StandIn] = {block: FewRowsBlocks([layer], threads) for block, layer in layers.items()}
     for module in modules:
         match module:
-            case nn.ModuleList():
+            case nn.ModuleList() if all(block in layers for block in module):
                 stage = [layers[block] for block in module]
                 if _is_uniform(stage):
                     found[module] = FewRowsBlocks(stage, threads)
