@@ -220,6 +220,7 @@ class Runner:
         return failures
 
     def _context(self, lanes: Sequence[Lane], places: Places) -> WaveContext:
+        """What a wave, and halting and head after it, share; what is compiled as a whole does without stand-ins."""
         context = WaveContext(self.model.config, self.cache, lanes, places, self._like, self._constants)
         if self._compiled is None or places.n > len(lanes):
             self._few = self._few or FewRows(self.model)
