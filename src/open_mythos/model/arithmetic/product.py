@@ -17,9 +17,7 @@ from numba.extending import intrinsic
 
 from open_mythos.model.arithmetic.compiled import VECTOR, compiled, shared
 from open_mythos.model.arithmetic.registers import (
-    VECTOR as REGISTER,
-)
-from open_mythos.model.arithmetic.registers import (
+    REGISTER,
     WIDE,
     add_products,
     fetch,

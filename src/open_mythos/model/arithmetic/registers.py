@@ -27,7 +27,7 @@ def _registers() -> tuple[int, int]:
 
 
 WIDE, REGISTERS = _registers()
-VECTOR, _MASK = ir.VectorType(FLOAT, WIDE), ir.VectorType(ir.IntType(1), WIDE)
+REGISTER, _MASK = ir.VectorType(FLOAT, WIDE), ir.VectorType(ir.IntType(1), WIDE)
 """A register of numbers."""
 
 
@@ -52,7 +52,7 @@ def up_to(builder: Any, first: Any, n: int, last: Any) -> list[Any]:
     return [builder.select(builder.icmp_signed("<", number, last), number, last) for number in numbers]
 
 
-def zeros(builder: Any, n: int, vectors: Any = VECTOR) -> list[Any]:
+def zeros(builder: Any, n: int, vectors: Any = REGISTER) -> list[Any]:
     """Sums that have just begun."""
     none = ir.Constant(vectors, [0.0] * vectors.count)
     return [cgutils.alloca_once_value(builder, none) for _ in range(n)]
@@ -64,14 +64,14 @@ def mask_of(builder: Any, n: Any) -> Any:
     return builder.icmp_signed("<", ir.Constant(whole, list(range(WIDE))), repeated(builder, n, whole))
 
 
-def read(builder: Any, pointer: Any, mask: Any = None, vectors: Any = VECTOR) -> Any:
+def read(builder: Any, pointer: Any, mask: Any = None, vectors: Any = REGISTER) -> Any:
     """A vector, zeros where it is masked."""
     pointer = builder.bitcast(pointer, vectors.as_pointer())
     if mask is None:
         return builder.load(pointer, align=4)
-    kind = ir.FunctionType(VECTOR, [VECTOR.as_pointer(), _INT32, _MASK, VECTOR])
+    kind = ir.FunctionType(REGISTER, [REGISTER.as_pointer(), _INT32, _MASK, REGISTER])
     load = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.load.v{WIDE}f32.p0v{WIDE}f32")
-    return builder.call(load, [pointer, _INT32(4), mask, ir.Constant(VECTOR, [0.0] * WIDE)])
+    return builder.call(load, [pointer, _INT32(4), mask, ir.Constant(REGISTER, [0.0] * WIDE)])
 
 
 def write(builder: Any, vector: Any, pointer: Any, mask: Any = None) -> None:
@@ -80,12 +80,12 @@ def write(builder: Any, vector: Any, pointer: Any, mask: Any = None) -> None:
     if mask is None:
         builder.store(vector, pointer, align=4)
         return
-    kind = ir.FunctionType(ir.VoidType(), [VECTOR, VECTOR.as_pointer(), _INT32, _MASK])
+    kind = ir.FunctionType(ir.VoidType(), [REGISTER, REGISTER.as_pointer(), _INT32, _MASK])
     store = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.store.v{WIDE}f32.p0v{WIDE}f32")
     builder.call(store, [vector, pointer, _INT32(4), mask])
 
 
-def repeated(builder: Any, number: Any, vectors: Any = VECTOR) -> Any:
+def repeated(builder: Any, number: Any, vectors: Any = REGISTER) -> Any:
     """A vector of one number."""
     alone = builder.insert_element(ir.Constant(vectors, ir.Undefined), number, _INT32(0))
     return builder.shuffle_vector(alone, alone, indices([0] * vectors.count))

@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from open_mythos.model.arithmetic.registers import (
-    FLOAT,
+    REGISTER,
     REGISTERS,
     WIDE,
     add_products,
@@ -76,7 +76,7 @@ def _score(queries: int) -> Callable[..., None]:
             rest = builder.urem(dim, wide)
             with builder.if_then(builder.icmp_signed("!=", rest, dim.type(0))):
                 add(builder.sub(dim, rest), mask_of(builder, rest))
-            vectors = [ir.Constant(ir.VectorType(FLOAT, WIDE), [0.0] * WIDE)] * _SUMS
+            vectors = [ir.Constant(REGISTER, [0.0] * WIDE)] * _SUMS
             for k in range(queries):
                 for j in range(n_rows):
                     vectors[k * apart + j] = builder.load(totals[k * n_rows + j])

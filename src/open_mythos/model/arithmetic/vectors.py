@@ -1,4 +1,4 @@
-"""Single rows: root-mean-square norms and rotations.
+"""Single rows: root-mean-square norms, rotations, copies and sums.
 
 Main entries: `scale_of`, `scale_row`, `rotated`, `copied`, `add_to`.
 """

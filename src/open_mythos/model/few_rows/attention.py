@@ -67,11 +67,7 @@ def add_gqa(
     """
     n, n_kv, width = stream.shape[0], keys.shape[0], keys.shape[2]
     n_heads = qk_gain.shape[0] - n_kv
-    normed = np.empty_like(stream)
-    rms_norm(stream, gain, eps, normed)
-    projected = np.zeros((n, qkv.shape[0]), np.float32)
-    add_product(normed, qkv, np.float32(1), projected, threads)
-    heads = projected.reshape(n, n_heads + 2 * n_kv, width)
+    heads = _projected(stream, gain, eps, qkv, threads).reshape(n, n_heads + 2 * n_kv, width)
     _place_heads(heads, normed_heads, qk_gain, eps, rotations, rows, counts, keys, values, threads)
     mixed = np.empty((n, n_heads, width), np.float32)
     _attend(heads, keys, values, rows, counts, scale, sink, mixed, threads)
@@ -104,15 +100,8 @@ def add_mla(
     keys then values, rank).
     """
     n, n_heads, rank, width = stream.shape[0], kv_up.shape[0], kv_up.shape[2], latent.shape[2]
-    normed = np.empty_like(stream)
-    rms_norm(stream, gain, eps, normed)
-    low = np.zeros((n, down.shape[0]), np.float32)
-    add_product(normed, down, np.float32(1), low, threads)
-    c_q = np.empty((n, q_gain.shape[0]), np.float32)
-    rms_norm(low, q_gain, eps, c_q)
-    queries = np.zeros((n, q_up.shape[0]), np.float32)
-    add_product(c_q, q_up, np.float32(1), queries, threads)
-    q = queries.reshape(n, n_heads, q_up.shape[0] // n_heads)
+    low = _projected(stream, gain, eps, down, threads)
+    q = _projected(low, q_gain, eps, q_up, threads).reshape(n, n_heads, q_up.shape[0] // n_heads)
     nope = q.shape[2] - (width - rank)
     absorbed = np.empty((n, n_heads, width), np.float32)
     _place_queries(q, rank, rotations, absorbed)
@@ -140,9 +129,7 @@ def store_gqa(
     """Store what `add_gqa` would of the stream."""
     n_kv, width = keys.shape[0], keys.shape[2]
     first, n = qk_gain.shape[0] - n_kv, stream.shape[0]
-    normed, heads = np.empty_like(stream), np.zeros((n, 2 * n_kv, width), np.float32)
-    rms_norm(stream, gain, eps, normed)
-    add_product(normed, qkv[first * width :], np.float32(1), heads.reshape(n, 2 * n_kv * width), threads)
+    heads = _projected(stream, gain, eps, qkv[first * width :], threads).reshape(n, 2 * n_kv, width)
     _place_heads(heads, normed_heads, qk_gain[first:], eps, rotations, rows, counts, keys, values, threads)
 
 
@@ -160,10 +147,18 @@ def store_mla(
     threads: int,
 ) -> None:
     """Store what `add_mla` would of the stream."""
-    normed, low = np.empty_like(stream), np.zeros((stream.shape[0], latent.shape[2]), np.float32)
-    rms_norm(stream, gain, eps, normed)
-    add_product(normed, down[down.shape[0] - latent.shape[2] :], np.float32(1), low, threads)
+    low = _projected(stream, gain, eps, down[down.shape[0] - latent.shape[2] :], threads)
     _place_latent(low, kv_gain, eps, rotations, rows, counts, latent)
+
+
+@compiled
+def _projected(x: Array, gain: Array, eps: np.float32, weight: Array, threads: int) -> Array:
+    """The first channels of x (n, ...), normed with a gain (dim,), by a weight (width, dim): (n, width)."""
+    normed = np.empty((x.shape[0], gain.shape[0]), np.float32)
+    rms_norm(x, gain, eps, normed)
+    out = np.zeros((x.shape[0], weight.shape[0]), np.float32)
+    add_product(normed, weight, np.float32(1), out, threads)
+    return out
 
 
 @parallel

@@ -11,7 +11,7 @@ from numba import prange
 from open_mythos.model.arithmetic.compiled import INDEX, MATRIX, compiled, n_parts, parallel, shared
 from open_mythos.model.arithmetic.exponential import exp
 from open_mythos.model.arithmetic.tiles import CHANNELS, COLUMNS, tile_along
-from open_mythos.model.arithmetic.vectors import copied
+from open_mythos.model.arithmetic.vectors import add_to, copied
 from open_mythos.model.few_rows.pointwise import rms_norm
 from open_mythos.model.few_rows.products import add_part, add_product, first_panel, share, side_by_side
 from open_mythos.model.rows import Array, Rows
@@ -122,9 +122,7 @@ def _add_down(hidden: Array, down: Array, ends: Rows, owners: Rows, stream: Arra
         if ends[e] - start <= few:
             for r in range(start, ends[e]):
                 for part in range(parts):
-                    row, more = stream[owners[r]], sums[part, done]
-                    for j in range(width):
-                        row[j] += more[j]
+                    add_to(sums[part, done], stream[owners[r]])
                 done += 1
         start = ends[e]
 
