@@ -52,6 +52,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("act_threshold", {"act_threshold": 0}, "(0, 1]"),
     ("act_threshold", {"act_threshold": 1.5}, "(0, 1]"),
     ("settle_tolerance", {"settle_tolerance": 0.0}, "above 0"),
+    ("restart_rate", {"restart_rate": 1.0}, "[0, 1)"),
+    ("restart_rate", {"restart_rate": -0.1}, "[0, 1)"),
     ("dropout", {"dropout": 1.0}, "[0, 1)"),
     ("dropout", {"dropout": -0.1}, "[0, 1)"),
     ("dropout", {"dropout": "0.1"}, "number"),

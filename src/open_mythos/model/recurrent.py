@@ -68,6 +68,17 @@ class RecurrentBlock(nn.Module):
             return torch.randn_like(e) * torch.rand(e.shape[0], 1, 1, device=e.device, dtype=e.dtype)
         return torch.zeros_like(e)
 
+    def _restarts(self, e: Tensor, most: int) -> Tensor | None:
+        """Before which of at most so many loops each sequence goes back to its first state, (batch, 1); 0 for none.
+
+        With one depth for all, a model could otherwise count its loops and be right after the last one alone. None
+        where no sequence does.
+        """
+        if not self.training or not self.config.restart_rate or most < 2:
+            return None
+        loops = torch.randint(1, most, (e.shape[0], 1), device=e.device)
+        return loops * (torch.rand(e.shape[0], 1, device=e.device) < self.config.restart_rate)
+
     def accumulator(
         self, n_loops: Tensor, e: Tensor, *, end_together: bool = False, reached: Tensor | None = None
     ) -> ACTAccumulator | LastState:
@@ -140,13 +151,16 @@ class RecurrentBlock(nn.Module):
         n_constant = 0 if grad_loops is None else max(0, budget.most - grad_loops)
         learning = torch.is_grad_enabled()
         h = first = self.initial_state(e)
-        probabilities: list[Tensor] = []
+        restarts, probabilities = self._restarts(e, budget.most), list[Tensor]()
         for t in range(budget.most):
             if t == n_constant > 0:
                 h = _begin(h, first, budget, t)
                 context.injected = None  # what it holds was computed without a gradient
             with torch.set_grad_enabled(learning and t >= n_constant):
                 active = halting.active(t)
+                if restarts is not None and t > 0:
+                    again = restarts == t if active is None else (restarts == t) & active
+                    h = torch.where(again.unsqueeze(-1), first, h)
                 loop = partial(self.step, t=t, context=context, active=active, own_index=budget.own_index(t))
                 if recompute and learning:
                     h = self._recomputed(loop, h, e, context, halted=active is not None)
