@@ -77,8 +77,9 @@ class MythosConfig:
     state_init: Literal["input", "zeros", "noise"] = "input"
     """First state: the encoded input, zeros, or in training noise of a random size around the zeros of inference."""
     restart_rate: float = 0.125
-    """In training, the share of sequences that go back to their first state once, before a loop drawn at random: with
-    one depth for all, a model could else learn to be right after that many loops alone. 0 where depths are drawn."""
+    """In training, the share of sequences that go back to their first state once, after a number of their loops drawn
+    at random: with one depth for all, a model could else learn to be right after that many alone. 0 where depths are
+    drawn."""
     halting: Literal["act", "settled", "none"] = "act"
     """When a position stops: as a trained head says, or once no position up to it moves any more (not in training)."""
     act_threshold: float = 0.99

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from open_mythos.analysis.memory_plan import plan_inference, plan_training
 from open_mythos.config import MythosConfig
@@ -83,23 +82,23 @@ def test_compiled_layers_keep_half_to_two_thirds_of_the_estimate(config: MythosC
     assert 0.5 * estimate < saved.total < 0.67 * estimate
 
 
+@pytest.mark.parametrize("changes", [{}, {"halting": "none"}, {"restart_rate": 0}])
+@pytest.mark.parametrize("n_loops", [8, 32])
 @pytest.mark.usefixtures("modules")
-def test_checkpointed_loops_are_estimated_within_10_percent() -> None:
+def test_checkpointed_loops_are_estimated_within_10_percent(changes: dict[str, Any], n_loops: int) -> None:
     """At the worst moment: what the forward pass kept, and one loop computed again."""
-    config = mythos_tiny().replace(halting="none")
+    config = mythos_tiny().replace(**changes)
     model, ids = OpenMythos(config), random_ids(config, 2, 64)
     context = model.context(64)
     with SavedBytes(model) as kept:
         e = model.encode(ids, context)
-        h = model.recurrent.initial_state(e)
-        for t in range(8):
-            h = checkpoint(model.loop_step, h, e, t, context, use_reentrant=False)
-        loss_of(model.decode(h, context), ids)
+        state = model.recurrent(e, torch.full((2,), n_loops), context, recompute=True).state
+        loss_of(model.decode(state, context), ids)
     with SavedBytes(model) as one_loop:
-        model.loop_step(h.detach().requires_grad_(), e.detach(), 0)
-    estimate = plan_training(config, batch=2, seq_len=64, n_loops=8, checkpoint_loops=True).activations
+        model.loop_step(state.detach().requires_grad_(), e.detach(), 0)
+    estimate = plan_training(config, batch=2, seq_len=64, n_loops=n_loops, checkpoint_loops=True).activations
     assert estimate == pytest.approx(kept.total + one_loop.total, rel=0.1)
-    assert estimate < plan_training(config, batch=2, seq_len=64, n_loops=8).activations / 2
+    assert estimate < plan_training(config, batch=2, seq_len=64, n_loops=n_loops).activations / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -74,18 +76,28 @@ def _cache(sharing=None, n_bytes: int = 2**18, **changes) -> PagedCache:
     exits=st.lists(st.integers(1, 6), min_size=1, max_size=8),
     outer=st.integers(0, 3),
     recurrent=st.integers(1, 3),
+    at_once=st.integers(1, 4),
 )
-def test_a_query_sees_the_last_entry_of_its_slot(sharing, exits: list[int], outer: int, recurrent: int) -> None:
-    """Against a record of who wrote where, loop by loop; no row belongs to two."""
+def test_a_query_sees_the_last_entry_of_its_slot(
+    sharing, exits: list[int], outer: int, recurrent: int, at_once: int
+) -> None:
+    """Against a record of who wrote where; no row belongs to two, nor to a loop that was placed and not run."""
     cache = _cache(sharing, prelude_layers=outer, coda_layers=0, recurrent_layers=recurrent)
     table, written = RowTable(cache, len(exits), 6), dict[int, tuple[int, int]]()
     positions = np.arange(len(exits))
     table.place(None, positions)
-    for loop in range(max(exits)):
+    loop = 0
+    while loop < max(exits):
         active = np.flatnonzero(np.array(exits) > loop)
-        table.place(loop, active if len(active) > 1 else int(active[0]))
-        for position in active.tolist():
-            written[int(table.seen(loop)[position])] = (position, loop)
+        lane = active if len(active) > 1 else int(active[0])
+        placed = min(at_once, max(exits) - loop)
+        end = min(loop + placed, *(ran for ran in exits if ran > loop), max(exits))
+        table.place(loop, lane, placed)
+        if end < loop + placed:
+            table.leave_out(end, lane)
+        for t, position in product(range(loop, end), active.tolist()):
+            written[int(table.seen(t)[position])] = (position, t)
+        loop = end
     for position, ran in enumerate(exits):
         for loop in range(6):
             same_slot = [t for t in range(ran) if sharing.slot(t) == sharing.slot(loop)]

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from open_mythos.model import mythos
+from open_mythos.model.cache import CacheAddress
+from open_mythos.model.context import ForwardContext
 from open_mythos.model.few_rows import stand_ins
 from open_mythos.model.few_rows.block import FewRowsBlocks, Given
 from open_mythos.model.few_rows.token import FewRowsToken
 from open_mythos.model.mythos import OpenMythos
+from open_mythos.model.rows import Rows
 from open_mythos.model.sequence_store import SequenceStore
 from tiny import random_ids, tiny_config, tiny_model
 
@@ -145,9 +148,15 @@ def _count_calls(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     calls: list[None] = []
     original = FewRowsBlocks.given
 
-    def counted(self: FewRowsBlocks, *arguments: Any) -> Given:
-        calls.append(None)
-        return original(self, *arguments)
+    def counted(
+        self: FewRowsBlocks,
+        context: ForwardContext,
+        first: CacheAddress,
+        n_loops: int = 1,
+        wanted: Rows | None = None,
+    ) -> Given:
+        calls.extend([None] * n_loops)
+        return original(self, context, first, n_loops, wanted)
 
     monkeypatch.setattr(FewRowsBlocks, "given", counted)
     return calls

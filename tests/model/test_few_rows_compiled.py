@@ -14,7 +14,7 @@ import pytest
 
 from open_mythos.model.arithmetic import compiled
 from open_mythos.model.few_rows import pointwise
-from open_mythos.model.few_rows.products import add_product
+from open_mythos.model.few_rows.products import multiply
 
 
 def test_what_is_kept_is_thrown_away_when_any_file_changes(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_what_is_kept_is_thrown_away_when_any_file_changes(tmp_path: Path) -> No
     assert stamp(tmp_path) == before
     os.utime(tmp_path / "many_rows" / "a.py", ns=(1, 1))
     assert stamp(tmp_path) != before
-    for function in (add_product, pointwise.rms_norm):
+    for function in (multiply, pointwise.rms_norm):
         kept: Any = function
         assert kept._cache._cache_file._source_stamp == compiled._stamp()
 

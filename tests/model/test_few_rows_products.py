@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from open_mythos.model.arithmetic.compiled import Threads
 from open_mythos.model.few_rows.feed_forward import _add_down, _gate, add_experts
-from open_mythos.model.few_rows.products import add_product, share
+from open_mythos.model.few_rows.products import multiply, share
 from open_mythos.model.rows import Array
 
 
@@ -36,10 +36,12 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("width", [1, 5, 16, 23, 130, 384])
 def test_products_are_numpys(n: int, dim: int, width: int, threads: int) -> None:
     x, weight, before = _random(n, n, dim), _random(dim, width, dim), _random(width, n, width)
-    out = before.copy()
-    add_product(x, weight, np.float32(0.5), out, threads)
-    expected = before + 0.5 * (x.astype(np.float64) @ weight.T.astype(np.float64))
-    np.testing.assert_allclose(out, expected, atol=1e-4, rtol=1e-5)
+    added, written = before.copy(), np.full_like(before, np.nan)
+    multiply(x, weight, np.float32(0.5), added, 1, threads)
+    multiply(x, weight, np.float32(0.5), written, 0, threads)
+    product = 0.5 * (x.astype(np.float64) @ weight.T.astype(np.float64))
+    np.testing.assert_allclose(added, before + product, atol=1e-4, rtol=1e-5)
+    np.testing.assert_allclose(written, product, atol=1e-4, rtol=1e-5)
 
 
 @settings(deadline=None)

@@ -117,30 +117,44 @@ class RowTable:
         """(slots, capacity): the looped entry that queries see; where a position has none of that slot, its last."""
         self.exits = np.zeros(capacity, np.int64)
         """(capacity,): how many loops each position has run."""
-        self._slot, self._slot_bytes = cache.layout.sharing.slot, self.outer.nbytes
+        self._slot, self._slots = cache.layout.sharing.slot, cache.layout.sharing.slots
+        self._slot_bytes = self.outer.nbytes
         self._outer_at, self._looped_at = self.outer.ctypes.data, self.looped.ctypes.data
         self._free_outer: list[int] = []
         self._free_looped: list[int] = []
         self.pages: list[int] = []
 
-    def place(self, loop: int | None, positions: Rows | int) -> None:
-        """New entries for positions: of a loop, or outer ones."""
+    def place(self, loop: int | None, positions: Rows | int, n_loops: int = 1) -> None:
+        """New entries for positions: outer ones, or of so many loops from this one on."""
+        n = 1 if isinstance(positions, int) else len(positions)
         if loop is None:
             if self._layout.outer_width:
-                self.outer[positions] = self._take(self._free_outer, self._layout.outer_width, positions)
+                taken = self._take(self._free_outer, self._layout.outer_width, n)
+                self.outer[positions] = taken[0] if isinstance(positions, int) else taken
             return
-        self.exits[positions] = loop + 1
-        slot = self._slot(loop)
-        if slot == loop:  # a later loop of the same slot writes over it
-            self.looped[slot:, positions] = self._take(self._free_looped, self._layout.loop_width, positions)
+        self.exits[positions] = loop + n_loops
+        first, end = self._slots(loop), self._slots(loop + n_loops)
+        if end > first:  # a later loop of the same slot writes over it
+            taken = self._take(self._free_looped, self._layout.loop_width, (end - first) * n)
+            self.looped[first:end, positions] = taken if isinstance(positions, int) else np.reshape(taken, (-1, n))
+            self.looped[end:, positions] = taken[-n:]
+
+    def leave_out(self, loop: int, positions: Rows | int) -> None:
+        """Free the entries of positions, all of the same last loop, from this loop on: they have not run it."""
+        first, end = self._slots(loop), self._slots(int(np.max(self.exits[positions])))
+        self._free_looped.extend(self.looped[first:end, positions].flatten().tolist())
+        self.looped[first:, positions] = self.looped[first - 1, positions]
+        self.exits[positions] = loop
 
     def seen(self, loop: int | None) -> Rows:
         """Where the rows begin that queries at this loop read, (capacity,)."""
         return self.outer if loop is None else self.looped[self._slot(loop)]
 
-    def seen_at(self, loop: int | None) -> int:
-        """The address of what is `seen`; whoever uses it keeps the table."""
-        return self._outer_at if loop is None else self._looped_at + self._slot(loop) * self._slot_bytes
+    def seen_at(self, loop: int | None, n_loops: int) -> list[int]:
+        """The address of what is `seen` in each of so many loops from this one on; whoever uses it keeps the table."""
+        if loop is None:
+            return [self._outer_at]
+        return [self._looped_at + self._slot(t) * self._slot_bytes for t in range(loop, loop + n_loops)]
 
     def drop(self, positions: range) -> None:
         """Free the rows of positions that turned out not to be wanted."""
@@ -168,14 +182,13 @@ class RowTable:
         self._cache.pages.release(self.pages)
         self.pages, self._free_outer, self._free_looped = [], [], []
 
-    def _take(self, free: list[int], width: int, positions: Rows | int) -> list[int] | int:
-        if isinstance(positions, int):
-            if not free:
-                self._take_page(free, width)
-            return free.pop()
-        while len(free) < len(positions):
+    def _take(self, free: list[int], width: int, n: int) -> list[int]:
+        while len(free) < n:
             self._take_page(free, width)
-        return [free.pop() for _ in range(len(positions))]
+        start = len(free) - n
+        taken = free[start:]
+        del free[start:]
+        return taken[::-1]
 
     def _take_page(self, free: list[int], width: int) -> None:
         page, size = self._cache.pages.take(), self._layout.page_rows

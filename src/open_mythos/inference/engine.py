@@ -58,9 +58,9 @@ class Stats:
     """Loops of single positions, those of prompts included."""
     positions: int = 0
     waves: int = 0
-    """Calls of the recurrent block."""
+    """Loops of whoever runs together."""
     lanes: int = 0
-    """Requests in those calls, summed."""
+    """Requests in those loops, summed."""
     reused: int = 0
     """Positions of prompts that were known from earlier ones."""
     drafted: int = 0
@@ -82,7 +82,7 @@ class Stats:
 
     @property
     def occupancy(self) -> float:
-        """Requests per call of the recurrent block."""
+        """Requests per loop."""
         return self.lanes / self.waves if self.waves else 0.0
 
 
@@ -340,8 +340,9 @@ class Engine:
         final, guessing = list[Turn](), list[Turn]()
         for index, (first, last) in flight.ends().items():
             request = self._begun[index]
-            if index not in looping or not any(active[first : first + request.turn]):
-                final.append(Turn(request, range(first, first + request.turn)))
+            end = first + request.turn
+            if index not in looping or not any(active[first:end]):
+                final.append(Turn(request, range(first, end)))
             if request.params.speculation is not None and self._may_guess(request, last):
                 missing = request.params.speculation.loops - int(flight.loop[last])
                 if missing <= 0 or not active[last]:
@@ -363,13 +364,13 @@ class Engine:
     def _loops(self, due: _Due) -> list[Event]:
         """Loops, while nobody halts or fails."""
         flight, stats, failures = self.runner.flight, self._stats, list[Failure]()
-        for _ in range(min(due.loops or _LOOPS_AT_ONCE, _LOOPS_AT_ONCE)):
-            stats.waves += 1
-            stats.loops += len(due.running.lines)
-            stats.lanes += due.looping
-            failures = self.runner.loop(self._requests)
-            if failures or flight.running is not due.running:
-                break
+        left = min(due.loops or _LOOPS_AT_ONCE, _LOOPS_AT_ONCE)
+        while left and not failures and flight.running is due.running:
+            n, failures = self.runner.loop(self._requests, left)
+            stats.waves += n
+            stats.loops += n * len(due.running.lines)
+            stats.lanes += n * due.looping
+            left -= n
         stats.peak_cache_bytes = max(stats.peak_cache_bytes, self.cache.bytes_in_use)
         events = [self._fail(failure) for failure in failures]
         if failures:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from open_mythos.inference.cache import PagedCache, RowTable
@@ -20,14 +20,14 @@ from open_mythos.inference.exit import ExitRule, LoopView
 from open_mythos.inference.flight import Flight, Ints, Running
 from open_mythos.inference.request import Request, Turn
 from open_mythos.inference.wave import Lane, Places, WaveContext
-from open_mythos.model.context import Constants, ForwardContext
+from open_mythos.model.context import Constants, ForwardContext, StandIn
 from open_mythos.model.few_rows.stand_ins import FewRows
 from open_mythos.model.halting import ACTHalting, has_moved
 from open_mythos.model.mythos import OpenMythos
-from open_mythos.model.rows import Bools
+from open_mythos.model.rows import Bools, Progress
 
 if TYPE_CHECKING:
-    from open_mythos.model.few_rows.loop import FewRowsHalting
+    from open_mythos.model.few_rows.loop import FewRowsHalting, FewRowsLoop
 
 
 class Failure(NamedTuple):
@@ -86,20 +86,46 @@ class Runner:
         for request in requests:
             request.encoded = len(request.tokens)
 
-    def loop(self, requests: Mapping[int, Request]) -> list[Failure]:
-        """One loop of every position that has not halted, each at its own loop; some then halt."""
-        flight, company = self.flight, self._company(requests)
-        lines, index = company.running.lines, company.chosen
-        loops = flight.loop[company.running.firsts].tolist()
-        lanes = [Lane(*lane) for lane in zip(company.tables, company.places.each, loops, strict=True)]
-        context = self._context(_placed(lanes), company.places)
-        h, e = _of(flight.h, index), _of(flight.e, index)
-        t = self._there(flight.loop[lines])
-        own_index = loops[0] if len(lines) == 1 else t.view(1, -1, 1)
+    def loop(self, requests: Mapping[int, Request], most: int) -> tuple[int, list[Failure]]:
+        """Loops of every position that has not halted, each at its own loop, up to `most` of them: how many.
+
+        None is run after one in which a position halts or a request fails.
+        """
+        company = self._company(requests)
+        compiled: FewRowsLoop | None = self._stand_ins(company.places).get(self.model.recurrent)  # type: ignore[assignment]
+        if compiled is None or company.asking or self.model.config.halting == "settled":
+            return 1, self._one_loop(company)
+        return self._several_loops(compiled, company, most), []
+
+    def _several_loops(self, compiled: FewRowsLoop, company: _Company, most: int) -> int:
+        """Loops after which nobody is asked who halts, up to `most`, or until one does: how many."""
+        flight, lines, index = self.flight, company.running.lines, company.chosen
+        loops, left = flight.loop[lines], flight.most[lines] - flight.loop[lines]
+        n_loops, stops = min(most, int(left.min())), np.zeros(len(lines), np.bool_)
+        h, e = _of(flight.h, index).numpy().copy(), _of(flight.e, index).numpy()
+        progress = Progress(lines, flight.mass.numpy(), flight.output.numpy(), stops, left)
+        n = compiled.run(h, e, 0, n_loops, self._loop_context(company, n_loops), loops, progress)
+        flight.h = _put(flight.h, index, torch.from_numpy(h))
+        flight.loop[lines] += n
+        flight.halt(lines[stops])
+        return n
+
+    def _one_loop(self, company: _Company) -> list[Failure]:
+        """A loop, after which whoever has to be is asked who halts."""
+        flight, index = self.flight, company.chosen
+        h, e, loops = _of(flight.h, index), _of(flight.e, index), flight.loop[company.running.lines]
+        t, context = self._there(loops), self._loop_context(company, 1)
+        own_index = int(loops[0]) if len(loops) == 1 else t.view(1, -1, 1)
         new = self._run(_loop, context, h[None], e[None], own_index)[0]
         failures = self._settle(company, context, t, h, new)
-        flight.loop[lines] += 1
+        flight.loop[company.running.lines] += 1
         return failures
+
+    def _loop_context(self, company: _Company, n_loops: int) -> WaveContext:
+        """That of the next loops, whose rows are placed."""
+        loops = self.flight.loop[company.running.firsts].tolist()
+        lanes = [Lane(*lane) for lane in zip(company.tables, company.places.each, loops, strict=True)]
+        return self._context(_placed(lanes, n_loops), company.places)
 
     def _company(self, requests: Mapping[int, Request]) -> _Company:
         """What is running, with what stays the same from loop to loop."""
@@ -176,7 +202,7 @@ class Runner:
         lines, index = company.running.lines, company.chosen
         compiled: FewRowsHalting | None = context.stand_ins.get(act)  # type: ignore[assignment]
         if compiled is not None:
-            compiled.weigh(after.numpy(), threshold, lines, stops, flight.mass.numpy(), flight.output.numpy())
+            compiled.weigh(after.numpy(), threshold, lines, flight.mass.numpy(), flight.output.numpy(), stops)
             return stops
         p, mass = act(after), _of(flight.mass, index)
         stop = self._there(stops) | (mass + p >= threshold)
@@ -220,12 +246,17 @@ class Runner:
         return failures
 
     def _context(self, lanes: Sequence[Lane], places: Places) -> WaveContext:
-        """What a wave, and halting and head after it, share; what is compiled as a whole does without stand-ins."""
+        """What a wave, and halting and head after it, share."""
         context = WaveContext(self.model.config, self.cache, lanes, places, self._like, self._constants)
-        if self._compiled is None or places.n > len(lanes):
-            self._few = self._few or FewRows(self.model)
-            context.stand_ins = self._few.stand_ins(context.n_new, context.longest)
+        context.stand_ins = self._stand_ins(places)
         return context
+
+    def _stand_ins(self, places: Places) -> dict[nn.Module, StandIn]:
+        """Those of a wave's modules; what is compiled as a whole does without."""
+        if self._compiled is not None and places.n == len(places.each):
+            return {}
+        self._few = self._few or FewRows(self.model)
+        return self._few.stand_ins(places.n, places.longest)
 
     def _run(self, stage: Stage, context: WaveContext, *inputs: Tensor | int) -> Tensor:
         """One stage for the positions of a wave."""
@@ -242,10 +273,10 @@ def _place(positions: Ints) -> Ints | int:
     return positions if len(positions) > 1 else int(positions[0])
 
 
-def _placed(lanes: Sequence[Lane]) -> Sequence[Lane]:
-    """Lanes, whose positions get new rows for what the layers keep of them."""
+def _placed(lanes: Sequence[Lane], n_loops: int = 1) -> Sequence[Lane]:
+    """Lanes, whose positions get new rows for what the layers keep of them, in one loop or several."""
     for table, positions, loop in lanes:
-        table.place(loop, positions)
+        table.place(loop, positions, n_loops)
     return lanes
 
 

@@ -119,17 +119,22 @@ class WaveContext(ForwardContext):
         table = self.constant(("rotations of all", n), lambda: self._rotations_at(np.arange(n)))
         return table[self._places.positions]
 
-    def seen(self, first: CacheAddress, n_layers: int, window: int | None) -> Seen:
-        """Where every position is to be stored, and what it sees; the window is that of the wave's stage."""
-        return Seen(self._cache.described(first, n_layers), *self._listed)
+    def seen(self, first: CacheAddress, n_layers: int, window: int | None, n_loops: int = 1) -> Seen:
+        """Where every position is to be stored, and what it sees; the window is that of the wave's stage.
 
-    @cached_property
-    def _listed(self) -> tuple[Rows, Rows]:
-        """Where the rows are listed that every position sees, and how many they are."""
-        tables = np.array([table.seen_at(loop) for table, _, loop in self.lanes], np.int64)
-        if len(tables) < self.n_new:
-            tables = np.repeat(tables, self._places.sizes)
-        return tables + self._places.before, self._places.counts
+        In one loop, or in several from each lane's on, whose rows are placed.
+        """
+        tables = np.array([table.seen_at(loop, n_loops) for table, _, loop in self.lanes], np.int64).T
+        if len(self.lanes) < self.n_new:
+            tables = np.repeat(tables, self._places.sizes, axis=1)
+        rows = np.add(tables, self._places.before, order="C")
+        return Seen(self._cache.described(first, n_layers)[None], rows, self._places.counts)
+
+    def leave_out(self, first: CacheAddress, n_layers: int, n_loops: int) -> None:
+        """The positions do not run some of the loops that are placed, those after as many as `first` says."""
+        for table, positions, loop in self.lanes:
+            assert loop is not None
+            table.leave_out(loop + first.loop, positions)
 
     def attend(
         self,

@@ -96,10 +96,18 @@ class ForwardContext:
             return None
         return rotary_table(positions, config.rotary_dim, config.rotary_base, self.dtype, config.rotary_heads)
 
-    def seen(self, first: CacheAddress, n_layers: int, window: int | None) -> Seen:
-        """Where some layers are to store the new positions, and what each of these sees, itself the last."""
+    def seen(self, first: CacheAddress, n_layers: int, window: int | None, n_loops: int = 1) -> Seen:
+        """Where some layers are to store the new positions, and what each of these sees, itself the last.
+
+        In one loop, or in several from that of the first address on.
+        """
         assert isinstance(self.store, SequenceStore), "other stores know no rows"
-        return self.store.seen(first, n_layers, self.n_new, window)
+        return self.store.seen(first, n_layers, self.n_new, window, n_loops)
+
+    def leave_out(self, first: CacheAddress, n_layers: int, n_loops: int) -> None:
+        """The new positions do not run some of the loops that `seen` was asked for, those from the first address on."""
+        assert isinstance(self.store, SequenceStore), "other stores know no rows"
+        self.store.leave_out(first, n_layers, n_loops)
 
     @cached_property
     def rotations(self) -> Array:

@@ -1,6 +1,6 @@
 """Rows of a few positions in memory that PyTorch and NumPy share.
 
-Main entries: `Seen`, `as_array`, `described`.
+Main entries: `Seen`, `Progress`, `as_array`, `described`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,29 @@ class Seen(NamedTuple):
     """What each of n positions sees of a cache."""
 
     entries: Rows
-    """(layers, kinds, 4): all that is stored of some layers, `described`, for what the config's `cache_widths` name:
-    (heads, rows, width). Whoever keeps the cache keeps all these arrays."""
+    """(loops, layers, kinds, 4), or (1, ...) if all loops have the same: all that is stored of some layers,
+    `described`, for what the config's `cache_widths` name: (heads, rows, width). Whoever keeps the cache keeps all
+    these arrays."""
     rows: Rows
-    """(n,): the address at which the numbers of the rows are listed that a position sees, its own the last of them."""
+    """(loops, n), or (1, n): the address at which the numbers of the rows are listed that a position sees, its own the
+    last of them."""
     counts: Rows
     """(n,): how many they are."""
+
+
+class Progress(NamedTuple):
+    """How far n positions have come, each of which has a line in what is kept of them."""
+
+    lines: Rows
+    """(n,): which they are."""
+    mass: Array
+    """(lines,): sum of the weights so far."""
+    output: Array
+    """(lines, dim): what has been added up of their states so far."""
+    stops: Bools
+    """(n,): set for those that stop."""
+    left: Rows
+    """(n,): how many loops they may still run."""
 
 
 def as_array(tensor: Tensor) -> Array:

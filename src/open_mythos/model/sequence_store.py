@@ -5,6 +5,8 @@ Main entry: `SequenceStore`. Adding a token copies its entries and nothing else.
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -52,7 +54,7 @@ class SequenceStore:
         self._shapes = config.cache_widths
         self._batch, self._capacity, self._like = batch, capacity, like
         self._slots: dict[CacheAddress, _Slot] = {}
-        self._stages: dict[tuple[CacheAddress, int], tuple[list[_Slot], Rows]] = {}
+        self._stages: dict[tuple[CacheAddress, int, int], tuple[list[_Slot], Rows]] = {}
         self._rows: dict[tuple[int, int | None], tuple[Rows, Rows]] = {}
         self._firsts, self._places = np.arange(batch)[:, None] * capacity, np.arange(batch * capacity)
         self._listed = self._places.ctypes.data
@@ -76,28 +78,36 @@ class SequenceStore:
         slot = self._slots[address._replace(loop=address.loop - 1)]
         return slot.seen(slice(self.length, slot.filled))
 
-    def seen(self, first: CacheAddress, n_layers: int, n_new: int, window: int | None) -> Seen:
+    def seen(self, first: CacheAddress, n_layers: int, n_new: int, window: int | None, n_loops: int = 1) -> Seen:
         """Room for `n_new` more positions per sequence, which the caller fills, and what their queries see; on the CPU.
 
-        For some layers, of which the first has the address `first`. All positions of the first sequence come first.
+        For some layers, of which the first has the address `first`, in so many loops from there on. All positions of
+        the first sequence come first.
         """
-        if (first, n_layers) not in self._stages:
-            slots = [self._slot(first._replace(layer=first.layer + k)) for k in range(n_layers)]
-            self._stages[first, n_layers] = slots, np.array([slot.described for slot in slots])
-        slots, entries = self._stages[first, n_layers]
+        key = first, n_layers, n_loops
+        if key not in self._stages:
+            slots = [self._slot(address) for address in _addresses(first, n_layers, n_loops)]
+            entries = np.array([slot.described for slot in slots])
+            self._stages[key] = slots, entries.reshape(n_loops, n_layers, *entries.shape[1:])
+        slots, entries = self._stages[key]
         for slot in slots:
             slot.catch_up(self.length)
             slot.filled = self.length + n_new
         return Seen(entries, *self._rows_seen(n_new, window))
 
+    def leave_out(self, first: CacheAddress, n_layers: int, n_loops: int) -> None:
+        """Nobody fills the room of some loops, which `seen` has given: those of some layers from `first` on."""
+        for address in _addresses(first, n_layers, n_loops):
+            self._slots[address].filled = self.length
+
     def _rows_seen(self, n_new: int, window: int | None) -> tuple[Rows, Rows]:
-        """Where the rows are listed that each new position sees, and how many they are."""
+        """Where the rows are listed that each new position sees, (1, n), and how many they are."""
         if (n_new, window) not in self._rows:
             ends = np.arange(self.length + 1, self.length + n_new + 1)
             counts = ends if window is None else np.minimum(ends, window)
             starts = (self._firsts + (ends - counts)).reshape(-1)
             repeated = counts if self._batch == 1 else np.tile(counts, self._batch)
-            self._rows[n_new, window] = self._listed + self._places.itemsize * starts, repeated
+            self._rows[n_new, window] = (self._listed + self._places.itemsize * starts)[None], repeated
         return self._rows[n_new, window]
 
     def commit(self, exit_loops: Tensor) -> None:
@@ -116,6 +126,12 @@ class SequenceStore:
             slot = self._slots[address] = _Slot(entries, before)
         slot.catch_up(self.length)
         return slot
+
+
+def _addresses(first: CacheAddress, n_layers: int, n_loops: int) -> list[CacheAddress]:
+    """Those of some layers in some loops, the layers of a loop side by side."""
+    pairs = product(range(first.loop, first.loop + n_loops), range(first.layer, first.layer + n_layers))
+    return [first._replace(layer=layer, loop=loop) for loop, layer in pairs]
 
 
 def _heads_first(x: Tensor) -> Tensor:

@@ -50,7 +50,10 @@ class DepthPlan(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed:
-    """Always the same. Depths other than the trained one are then worse: overthinking (open-mythos issue 28)."""
+    """Always the same. Depths other than the trained one are then worse (overthinking, open-mythos issue 28).
+
+    Unless some sequences start anew on the way: `MythosConfig.restart_rate`.
+    """
 
     name: ClassVar[str] = "fixed"
     loops: int = 8

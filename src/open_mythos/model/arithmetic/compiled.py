@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import llvmlite.binding
 import torch
 from llvmlite import ir
-from numba import config, njit, set_num_threads, threading_layer, types  # type: ignore[attr-defined]
+from numba import config, get_num_threads, njit, set_num_threads, threading_layer, types  # type: ignore[attr-defined]
 from numba.core import cgutils, sigutils
 from numba.core.event import Event, Listener, register
 from numba.extending import intrinsic
@@ -172,7 +172,8 @@ class Threads:
         if pid != os.getpid():
             return False
         self.n = min(torch.get_num_threads(), most)
-        set_num_threads(self.n)
+        if get_num_threads() != self.n:
+            set_num_threads(self.n)
         if _to_be_named:
             _name_all()
         return True

@@ -29,7 +29,7 @@ from open_mythos.model.arithmetic.seen import (
 )
 from open_mythos.model.arithmetic.vectors import THERE, copied, rotated, scale_of, scale_row
 from open_mythos.model.few_rows.pointwise import rms_norm
-from open_mythos.model.few_rows.products import add_product
+from open_mythos.model.few_rows.products import multiply
 from open_mythos.model.rows import Array, Rows
 
 _TOGETHER = 4
@@ -71,7 +71,7 @@ def add_gqa(
     _place_heads(heads, normed_heads, qk_gain, eps, rotations, rows, counts, keys, values, threads)
     mixed = np.empty((n, n_heads, width), np.float32)
     _attend(heads, keys, values, rows, counts, scale, sink, mixed, threads)
-    add_product(mixed.reshape(n, n_heads * width), out, branch_scale, stream, threads)
+    multiply(mixed.reshape(n, n_heads * width), out, branch_scale, stream, 1, threads)
 
 
 @compiled
@@ -108,7 +108,7 @@ def add_mla(
     _place_latent(low, kv_gain, eps, rotations, rows, counts, latent)
     mixed = np.empty((n, n_heads, kv_up.shape[1] - nope), np.float32)
     _attend_latent(q, absorbed, kv_up, latent, rows, counts, scale, sink, mixed, threads)
-    add_product(mixed.reshape(n, out.shape[1]), out, branch_scale, stream, threads)
+    multiply(mixed.reshape(n, out.shape[1]), out, branch_scale, stream, 1, threads)
 
 
 @compiled
@@ -156,8 +156,8 @@ def _projected(x: Array, gain: Array, eps: np.float32, weight: Array, threads: i
     """The first channels of x (n, ...), normed with a gain (dim,), by a weight (width, dim): (n, width)."""
     normed = np.empty((x.shape[0], gain.shape[0]), np.float32)
     rms_norm(x, gain, eps, normed)
-    out = np.zeros((x.shape[0], weight.shape[0]), np.float32)
-    add_product(normed, weight, np.float32(1), out, threads)
+    out = np.empty((x.shape[0], weight.shape[0]), np.float32)
+    multiply(normed, weight, np.float32(1), out, 0, threads)
     return out
 
 

@@ -26,6 +26,7 @@ class Given(NamedTuple):
     rotations: Array
     layers: npt.NDArray[Any]
     entries: Rows
+    """For each loop, or once for all, as are the rows; `add_layers` is given those of its own."""
     rows: Rows
     counts: Rows
     wanted: Rows
@@ -57,16 +58,22 @@ class FewRowsBlocks:
         if not self._layers:
             return
         with self.threads.lock:
-            _run(stream, *self.given(context, first, wanted))
+            _run(stream, *self.given(context, first, wanted=wanted))
 
-    def given(self, context: ForwardContext, first: CacheAddress, wanted: Rows | None = None) -> Given:
-        """What `add_layers` is given beside the stream; the first of the blocks is at `first`."""
-        seen = context.seen(first, len(self._table), self._window)
+    def given(
+        self, context: ForwardContext, first: CacheAddress, n_loops: int = 1, wanted: Rows | None = None
+    ) -> Given:
+        """What `add_layers` is given beside the stream, by loops; the first of the blocks is at `first`."""
+        seen = context.seen(first, len(self._table), self._window, n_loops)
         return Given(context.rotations, self._table, *seen, _ALL if wanted is None else wanted, self.threads.n)
+
+    def leave_out(self, context: ForwardContext, first: CacheAddress, n_loops: int) -> None:
+        """Some of the loops that `given` was asked for are not run, those from `first` on."""
+        context.leave_out(first, len(self._table), n_loops)
 
 
 @compiled
 def _run(
     stream: Array, rotations: Array, layers: Any, entries: Rows, rows: Rows, counts: Rows, wanted: Rows, threads: int
 ) -> None:
-    add_layers(stream, rotations, layers, entries, rows, counts, wanted, threads)
+    add_layers(stream, rotations, layers, entries[0], rows[0], counts, wanted, threads)

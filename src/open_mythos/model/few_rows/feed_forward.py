@@ -13,7 +13,7 @@ from open_mythos.model.arithmetic.exponential import exp
 from open_mythos.model.arithmetic.tiles import CHANNELS, COLUMNS, tile_along
 from open_mythos.model.arithmetic.vectors import add_to, copied
 from open_mythos.model.few_rows.pointwise import rms_norm
-from open_mythos.model.few_rows.products import add_part, add_product, first_panel, share, side_by_side
+from open_mythos.model.few_rows.products import first_panel, multiply, multiply_part, share, side_by_side
 from open_mythos.model.rows import Array, Rows
 
 _FEW = 4
@@ -51,12 +51,12 @@ def add_experts(
         _add_dense(normed, gate, up, down, branch_scale, stream, threads)
     if not bias.size:
         return
-    logits = np.zeros((n, bias.shape[0]), np.float32)
-    add_product(normed, router, np.float32(1), logits, threads)
+    logits = np.empty((n, bias.shape[0]), np.float32)
+    multiply(normed, router, np.float32(1), logits, 0, threads)
     ends, owners = np.zeros(bias.shape[0], np.int64), np.empty(n * top_k, np.int64)
     factors = np.empty(n * top_k, np.float32)
     dispatch(logits, bias, softmax, scale * branch_scale, ends, owners, factors)
-    rows, hidden = np.empty((n * top_k, dim), np.float32), np.zeros((n * top_k, expert_gate.shape[1]), np.float32)
+    rows, hidden = np.empty((n * top_k, dim), np.float32), np.empty((n * top_k, expert_gate.shape[1]), np.float32)
     gather(normed, owners, rows)
     _gate(rows, expert_gate, expert_up, ends, factors, hidden, threads)
     _add_down(hidden, expert_down, ends, owners, stream, threads)
@@ -67,17 +67,17 @@ def _add_dense(
     normed: Array, gate: Array, up: Array, down: Array, scale: np.float32, stream: Array, threads: int
 ) -> None:
     n = normed.shape[0]
-    hidden = np.zeros((n, gate.shape[1]), np.float32)
+    hidden = np.empty((n, gate.shape[1]), np.float32)
     _gate(normed, gate, up, np.full(1, n), np.ones(n, np.float32), hidden, threads)
-    add_product(hidden, down, scale, stream, threads)
+    multiply(hidden, down, scale, stream, 1, threads)
 
 
 @parallel
 def _gate(x: Array, gate: Array, up: Array, ends: Rows, factors: Array, hidden: Array, threads: int) -> None:
-    """Write `factor * silu(gate) * up` of x to `hidden`, zeros before; expert e has the rows up to `ends[e]`."""
+    """Write `factor * silu(gate) * up` of x to `hidden`; expert e has the rows up to `ends[e]`."""
     width = hidden.shape[1]
     parts = n_parts(2 * x.size * width, threads)
-    ups, panels = np.zeros_like(hidden), side_by_side(x, ends, threads)
+    ups, panels = np.empty_like(hidden), side_by_side(x, ends, threads)
     for part in prange(parts):
         first, end = share(width, part, parts), share(width, part + 1, parts)
         for matrix in range(2):
@@ -86,7 +86,7 @@ def _gate(x: Array, gate: Array, up: Array, ends: Rows, factors: Array, hidden: 
             for e in range(ends.shape[0]):
                 if start < ends[e]:
                     rows, panel = x[start : ends[e]], first_panel(start, e)
-                    add_part(rows, panels, panel, weights[e], np.float32(1), first, end, out[start : ends[e]])
+                    multiply_part(rows, panels, panel, weights[e], np.float32(1), first, end, out[start : ends[e]], 0)
                 start = ends[e]
         for r in range(hidden.shape[0]):
             own, other = hidden[r, first:end], ups[r, first:end]
@@ -162,7 +162,7 @@ def _add_expert(
 def _add_along(hidden: Array, down: Array, low: int, high: int, out: Array) -> None:
     """Add to `out` (n, dim) what is hidden from `low` to `high`, by as many rows of `down`.
 
-    Four of these at a time, a quarter apart, as in `add_product`.
+    Four of these at a time, a quarter apart, as in `multiply`.
     """
     n, width = out.shape
     apart = (high - low) // 4

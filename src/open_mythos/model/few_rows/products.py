@@ -1,6 +1,6 @@
 """Products of rows with a matrix, on all threads. For few rows the matrix is read once, where it lies.
 
-Main entries: `add_product`, `add_part`, `side_by_side`, `share`. Matrices are (width, dim), as in `nn.Linear`.
+Main entries: `multiply`, `multiply_part`, `side_by_side`, `share`. Matrices are (width, dim), as in `nn.Linear`.
 """
 
 from __future__ import annotations
@@ -40,26 +40,32 @@ def share(width: int, part: int, parts: int) -> int:
 
 
 @parallel
-def add_product(x: Array, weight: Array, scale: np.float32, out: Array, threads: int) -> None:
-    """Add `scale * x @ weight.T` to `out` (n, width), for x (n, dim)."""
+def multiply(x: Array, weight: Array, scale: np.float32, out: Array, add: int, threads: int) -> None:
+    """`out = scale * x @ weight.T`, or with `add` `out += scale * x @ weight.T`: (n, width) from x (n, dim)."""
     n, width = out.shape
     panels = side_by_side(x, np.full(1, n), threads)
     parts = n_parts(x.size * width, threads)
     if parts == 1:  # other threads are started even for nothing
-        add_part(x, panels, 0, weight, scale, 0, width, out)
+        multiply_part(x, panels, 0, weight, scale, 0, width, out, add)
         return
     for part in prange(parts):
-        add_part(x, panels, 0, weight, scale, share(width, part, parts), share(width, part + 1, parts), out)
+        first, end = share(width, part, parts), share(width, part + 1, parts)
+        multiply_part(x, panels, 0, weight, scale, first, end, out, add)
 
 
-@shared(MATRIX, STACK, "int64", MATRIX, "float32", "int64", "int64", MATRIX)
-def add_part(
-    x: Array, panels: Array, panel: int, weight: Array, scale: np.float32, first: int, end: int, out: Array
+@shared(MATRIX, STACK, "int64", MATRIX, "float32", "int64", "int64", MATRIX, "int64")
+def multiply_part(
+    x: Array, panels: Array, panel: int, weight: Array, scale: np.float32, first: int, end: int, out: Array, add: int
 ) -> None:
-    """`add_product` for the channels of `out` from `first` to `end`; x also lies in the panels from `panel` on."""
+    """`multiply` for the channels of `out` from `first` to `end`; x also lies in the panels from `panel` on."""
     if x.shape[0] > _MANY:
-        by_turned(x, weight, first, end, scale, out, True)
-    elif x.shape[0] <= _FEW or end - first < CHANNELS_16:
+        by_turned(x, weight, first, end, scale, out, add != 0)
+        return
+    if add == 0:
+        for i in range(out.shape[0]):
+            for j in range(first, end):
+                out[i, j] = np.float32(0)
+    if x.shape[0] <= _FEW or end - first < CHANNELS_16:
         _add_rows(x, weight, scale, first, end, out)
     else:
         _add_panels(x.shape[0], panels, panel, weight, scale, first, end, out)

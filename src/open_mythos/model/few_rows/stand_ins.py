@@ -67,7 +67,7 @@ class FewRows:
         threads = self._threads
         if threads is None or not self._whole or model.config.halting == "settled":
             return None
-        act, head = model.recurrent.act, model.head or model.embed
+        head = model.head or model.embed
         parts = (model.prelude, model.prelude_norm, model.recurrent, model.coda, model.norm, head)
         if not all(part in self._found for part in parts):
             return None
@@ -80,7 +80,6 @@ class FewRows:
             prelude=found[model.prelude],
             prelude_norm=found[model.prelude_norm],
             loop=found[model.recurrent],
-            halting=None if act is None else found[act],
             coda=found[model.coda],
             norm=found[model.norm],
             head=found[head],

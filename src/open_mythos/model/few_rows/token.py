@@ -15,8 +15,13 @@ from open_mythos.config import MythosConfig
 from open_mythos.model.cache import CacheAddress
 from open_mythos.model.context import ForwardContext
 from open_mythos.model.few_rows.block import FewRowsBlocks
-from open_mythos.model.few_rows.loop import FewRowsHalting, FewRowsHead, FewRowsLoop, FewRowsNorm
-from open_mythos.model.rows import Array
+from open_mythos.model.few_rows.loop import FewRowsHead, FewRowsLoop, FewRowsNorm
+from open_mythos.model.rows import Array, Progress
+
+_LINE = np.zeros(1, np.int64)
+
+_LOOPS_AT_ONCE = 4
+"""In one call. The cache sets room aside for all of them, though a position may stop before."""
 
 
 class FewRowsToken(NamedTuple):
@@ -27,7 +32,6 @@ class FewRowsToken(NamedTuple):
     prelude: FewRowsBlocks
     prelude_norm: FewRowsNorm
     loop: FewRowsLoop
-    halting: FewRowsHalting | None
     coda: FewRowsBlocks
     norm: FewRowsNorm
     head: FewRowsHead
@@ -43,14 +47,10 @@ class FewRowsToken(NamedTuple):
 
     def _loops(self, e: Array, n_loops: int, context: ForwardContext) -> tuple[Array, int]:
         """The state for the coda and the loops that it took."""
-        h = e if self.config.state_init == "input" else np.zeros_like(e)
-        output, mass, threshold = np.zeros_like(e), np.zeros(1, np.float32), self.config.act_threshold
-        line, stops = np.zeros(1, np.int64), np.zeros(1, np.bool_)
-        for t in range(n_loops):
-            h = self.loop.rows(h, e, t, context, t)
-            if self.halting is not None:
-                stops[0] = t + 1 == n_loops
-                self.halting.weigh(h, threshold, line, stops, mass, output)
-                if stops[0]:
-                    return output, t + 1
-        return h, n_loops
+        h = e.copy() if self.config.state_init == "input" else np.zeros_like(e)
+        output, mass, stops = np.zeros_like(e), np.zeros(1, np.float32), np.zeros(1, np.bool_)
+        t = 0
+        while not stops[0]:
+            progress = Progress(_LINE, mass, output, stops, np.array([n_loops - t]))
+            t += self.loop.run(h, e, t, min(_LOOPS_AT_ONCE, n_loops - t), context, np.array([t]), progress)
+        return output if self.config.halting == "act" else h, t
