@@ -181,17 +181,18 @@ class Engine:
         return self._submit([prompt], params)[0]
 
     def step(self) -> list[Event]:
-        """Begin what there is room for, then run a few loops, or take next tokens from what has halted."""
+        """Begin what there is room for, run a few loops unless somebody is due, then take next tokens if anybody is."""
         if not self.busy:
             return []
         begin = time.perf_counter()
         with torch.inference_mode(), evaluating(self._modules):
-            fresh = self._begin()
-            due = self._due()
+            events = list[Event]()
+            fresh, due = self._begin(), self._due()
+            if not fresh and not self.scheduler.takes_turn(due.n, due.others):
+                events += self._loops(due)
+                fresh, due = self._begin(), self._due()
             if fresh or self.scheduler.takes_turn(due.n, due.others):
-                events = self._turn(due, fresh)
-            else:
-                events = self._loops(due)
+                events += self._turn(due, fresh)
         self._stats.seconds += time.perf_counter() - begin
         return events
 

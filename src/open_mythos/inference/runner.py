@@ -77,7 +77,8 @@ class Runner:
         places = Places(each, self.model.config.outer_reach)
         lanes = [Lane(r.table, at, None) for r, at in zip(requests, each, strict=True)]
         ids = torch.tensor([[token for r in requests for token in r.pending]], device=self._like.device)
-        e = self._run(_encode, self._context(_placed(lanes), places), ids)
+        _place(lanes)
+        e = self._run(_encode, self._context(lanes, places), ids)
         h = self.model.recurrent.initial_state(e)
         reached = [int(r.table.exits[r.encoded - 1]) if r.encoded else 0 for r in requests]
         told = np.array([[r.index for r in requests], [r.n_loops for r in requests], reached])
@@ -92,40 +93,38 @@ class Runner:
         None is run after one in which a position halts or a request fails.
         """
         company = self._company(requests)
-        compiled: FewRowsLoop | None = self._stand_ins(company.places).get(self.model.recurrent)  # type: ignore[assignment]
+        loops = self.flight.loop[company.running.firsts].tolist()
+        lanes = [Lane(*lane) for lane in zip(company.tables, company.places.each, loops, strict=True)]
+        context = self._context(lanes, company.places)
+        compiled: FewRowsLoop | None = context.stand_ins.get(self.model.recurrent)  # type: ignore[assignment]
         if compiled is None or company.asking or self.model.config.halting == "settled":
-            return 1, self._one_loop(company)
-        return self._several_loops(compiled, company, most), []
+            return 1, self._one_loop(company, context)
+        return self._several_loops(compiled, company, context, most), []
 
-    def _several_loops(self, compiled: FewRowsLoop, company: _Company, most: int) -> int:
+    def _several_loops(self, compiled: FewRowsLoop, company: _Company, context: WaveContext, most: int) -> int:
         """Loops after which nobody is asked who halts, up to `most`, or until one does: how many."""
         flight, lines, index = self.flight, company.running.lines, company.chosen
         loops, left = flight.loop[lines], flight.most[lines] - flight.loop[lines]
         n_loops, stops = min(most, int(left.min())), np.zeros(len(lines), np.bool_)
+        _place(context.lanes, n_loops)
         h, e = _of(flight.h, index).numpy().copy(), _of(flight.e, index).numpy()
         progress = Progress(lines, flight.mass.numpy(), flight.output.numpy(), stops, left)
-        n = compiled.run(h, e, 0, n_loops, self._loop_context(company, n_loops), loops, progress)
+        n = compiled.run(h, e, 0, n_loops, context, loops, progress)
         flight.h = _put(flight.h, index, torch.from_numpy(h))
         flight.loop[lines] += n
         flight.halt(lines[stops])
         return n
 
-    def _one_loop(self, company: _Company) -> list[Failure]:
+    def _one_loop(self, company: _Company, context: WaveContext) -> list[Failure]:
         """A loop, after which whoever has to be is asked who halts."""
         flight, index = self.flight, company.chosen
         h, e, loops = _of(flight.h, index), _of(flight.e, index), flight.loop[company.running.lines]
-        t, context = self._there(loops), self._loop_context(company, 1)
-        own_index = int(loops[0]) if len(loops) == 1 else t.view(1, -1, 1)
-        new = self._run(_loop, context, h[None], e[None], own_index)[0]
+        t, own_index = self._there(loops), int(loops[0])
+        _place(context.lanes)
+        new = self._run(_loop, context, h[None], e[None], own_index if len(loops) == 1 else t.view(1, -1, 1))[0]
         failures = self._settle(company, context, t, h, new)
         flight.loop[company.running.lines] += 1
         return failures
-
-    def _loop_context(self, company: _Company, n_loops: int) -> WaveContext:
-        """That of the next loops, whose rows are placed."""
-        loops = self.flight.loop[company.running.firsts].tolist()
-        lanes = [Lane(*lane) for lane in zip(company.tables, company.places.each, loops, strict=True)]
-        return self._context(_placed(lanes, n_loops), company.places)
 
     def _company(self, requests: Mapping[int, Request]) -> _Company:
         """What is running, with what stays the same from loop to loop."""
@@ -135,7 +134,7 @@ class Runner:
             positions = flight.position[running.lines]
             each: list[Ints | int] = positions.tolist()
             if len(positions) > len(running.lengths):
-                each = [_place(run) for run in np.split(positions, np.cumsum(running.lengths)[:-1])]
+                each = [_as_lane(run) for run in np.split(positions, np.cumsum(running.lengths)[:-1])]
             asking: dict[ExitRule, list[int]] = {}
             for i, owner in enumerate(np.repeat(np.arange(len(owners)), running.lengths).tolist()):
                 rule = owners[owner].params.exit_rule
@@ -149,12 +148,14 @@ class Runner:
     def readout(self, turns: Sequence[Turn]) -> Tensor:
         """Logits (turns, vocab_size) after each turn's last position."""
         flight = self.flight
-        order = sorted(range(len(turns)), key=lambda i: len(turns[i].lines) > 1)
+        order = list(range(len(turns)))
+        if any(len(own) > 1 for _, own in turns):
+            order.sort(key=lambda i: len(turns[i].lines) > 1)
         ordered = [turns[i] for i in order]
         lines = np.array([line for turn in ordered for line in turn.lines])
         each: list[Ints | int] = flight.position[lines].tolist()
         if len(lines) > len(turns):
-            each = [_place(flight.position[own.start : own.stop]) for _, own in ordered]
+            each = [_as_lane(flight.position[own.start : own.stop]) for _, own in ordered]
         lanes = [Lane(request.table, at, None) for (request, _), at in zip(ordered, each, strict=True)]
         states, places = _of(self._outputs(), self._index(lines)), Places(each, self.model.config.outer_reach)
         context, last = self._context(lanes, places), np.cumsum(places.sizes) - 1
@@ -268,16 +269,15 @@ class Runner:
         return torch.from_numpy(array).to(self._like.device)
 
 
-def _place(positions: Ints) -> Ints | int:
+def _as_lane(positions: Ints) -> Ints | int:
     """As lanes have it."""
     return positions if len(positions) > 1 else int(positions[0])
 
 
-def _placed(lanes: Sequence[Lane], n_loops: int = 1) -> Sequence[Lane]:
-    """Lanes, whose positions get new rows for what the layers keep of them, in one loop or several."""
+def _place(lanes: Sequence[Lane], n_loops: int = 1) -> None:
+    """Give the lanes' positions new rows for what the layers keep of them, in one loop or several."""
     for table, positions, loop in lanes:
         table.place(loop, positions, n_loops)
-    return lanes
 
 
 def _encode(model: OpenMythos, context: ForwardContext, ids: Tensor) -> Tensor:
