@@ -39,7 +39,7 @@ def tiny_config(attn_type: str = "gqa", **changes: Any) -> MythosConfig:
         "expert_dim": 8,
         "lora_rank": 2,
         "loop_embedding": True,
-        "restart_rate": 0,
+        "deeper_rate": 0,
     }
     return MythosConfig(attn_type=attn_type, **{**sizes, **changes})
 

@@ -76,10 +76,10 @@ class MythosConfig:
     loop_embedding: bool = False
     state_init: Literal["input", "zeros", "noise"] = "input"
     """First state: the encoded input, zeros, or in training noise of a random size around the zeros of inference."""
-    restart_rate: float = 0.125
-    """In training, the share of sequences that go back to their first state once, after a number of their loops drawn
-    at random: with one depth for all, a model could else learn to be right after that many alone. 0 where depths are
-    drawn."""
+    deeper_rate: float = 0.125
+    """The share of sequences that `forward` in training mode runs deeper than asked, up to twice as deep: with one
+    depth for all, a model could else learn to be right after that many loops alone. The trainer's depth plans are kept
+    to the letter."""
     halting: Literal["act", "settled", "none"] = "act"
     """When a position stops: as a trained head says, or once no position up to it moves any more (not in training)."""
     act_threshold: float = 0.99
@@ -108,7 +108,7 @@ class MythosConfig:
             self._require(name, value in (None, "auto") or value >= 1, "'auto', None or an integer of at least 1")
         self._require("ffn_dim", self.ffn_dim is None or self.ffn_dim >= 1, "None or an integer of at least 1")
         self._require("act_threshold", 0 < self.act_threshold <= 1, "a number in (0, 1]")
-        for name in ("dropout", "restart_rate"):
+        for name in ("dropout", "deeper_rate"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         self._require("norm_eps", self.norm_eps > 0, "a number above 0")
         self._require("settle_tolerance", self.settle_tolerance > 0, "a number above 0")

@@ -249,7 +249,6 @@ def _large(**sizes: Any) -> MythosConfig:
         "rope_theta": 500_000.0,
         "window": None,
         "outer_window": None,
-        "restart_rate": 0.0,
     }
     return MythosConfig(**{**shared, **sizes})
 

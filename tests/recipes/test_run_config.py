@@ -23,7 +23,6 @@ def test_every_recipe_can_be_read_and_says_what_it_is(name: str) -> None:
     assert run_from_dict(run_to_dict(run)) == run
     assert run_from_dict(yaml.safe_load(to_yaml(run))) == run
     assert len(recipe_names()[name]) > 20
-    assert run.model.restart_rate == 0, "depths are drawn already"
 
 
 def test_an_unknown_recipe_is_refused_with_those_there_are() -> None:

@@ -41,7 +41,7 @@ class Recorder(Observer):
 
 
 def small_model(**changes: Any) -> OpenMythos:
-    sizes = {"dim": 16, "n_experts": 4, "expert_dim": 8, "max_seq_len": 16, "vocab_size": 3, "restart_rate": 0}
+    sizes = {"dim": 16, "n_experts": 4, "expert_dim": 8, "max_seq_len": 16, "vocab_size": 3}
     torch.manual_seed(0)
     return OpenMythos(MythosConfig(**{**sizes, **changes}))
 

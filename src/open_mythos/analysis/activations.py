@@ -55,7 +55,5 @@ def _experts(config: MythosConfig) -> int:
 
 
 def _loop_extras(config: MythosConfig) -> int:
-    """The state at the injection, the depth adapter's operands, and what halting looks at, if that is another state."""
-    adapter = config.dim + 2 * config.lora_rank if config.lora_rank else 0
-    before_restarts = config.dim if config.halting == "act" and config.restart_rate else 0
-    return config.dim + adapter + before_restarts
+    """The state at the injection, and the depth adapter's operands."""
+    return config.dim + (config.dim + 2 * config.lora_rank if config.lora_rank else 0)

@@ -133,7 +133,8 @@ def run_case(case: Case, peer: ModuleType | None, seconds: float, flops: float, 
     """Time one case for about `seconds`; `flops` and `bandwidth` are the measured peaks that the floor divides by."""
     torch.manual_seed(0)
     sizes = SIZES[case.size]
-    model = OpenMythos(MythosConfig(**sizes))
+    # Every sequence at the same depth, as the peer has it.
+    model = OpenMythos(MythosConfig(**sizes, deeper_rate=0))
     rival: nn.Module | None = None if peer is None else peer.OpenMythos(peer.MythosConfig(**sizes))
     contestants = {"ours": _runner(case, model, greedy={"temperature": 0.0})}
     if rival is not None:  # its temperature divides the logits, so greedy is the most likely of one

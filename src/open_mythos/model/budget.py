@@ -18,22 +18,21 @@ class LoopBudget:
         self.fewest, self.most = int(n_loops.min()), int(n_loops.max())
         self.n_loops = n_loops.to(device).view(len(n_loops), -1)
         self._delayed = end_together and self.fewest < self.most
-        self.first = self.most - self.n_loops if self._delayed else torch.zeros_like(self.n_loops)
-        """Which loop is the first of each sequence or position."""
+        self._first = self.most - self.n_loops if self._delayed else torch.zeros_like(self.n_loops)
 
     def running(self, t: int) -> Tensor | None:
         """False where loop t is not one of the sequence's own; None if it is everybody's."""
         if self.fewest == self.most or (t < self.fewest and not self._delayed):
             return None
-        return (t >= self.first) & (t < self.first + self.n_loops)
+        return (t >= self._first) & (t < self._first + self.n_loops)
 
     def begin_after(self, t: int) -> Tensor | None:
         """True where the first loop comes after loop t; None if everybody's loops have begun."""
-        return self.first > t if self._delayed else None
+        return self._first > t if self._delayed else None
 
     def end_at(self, t: int) -> Tensor:
         """True where loop t is the last."""
-        return self.first + self.n_loops == t + 1
+        return self._first + self.n_loops == t + 1
 
     def none_ends_at(self, t: int) -> bool:
         """Whether nobody's last loop is t."""
@@ -50,4 +49,4 @@ class LoopBudget:
 
     def own_index(self, t: int) -> int | Tensor:
         """Loop t as each sequence counts its own, from 0; a tensor with one more dimension where they differ."""
-        return (t - self.first).clamp_min(0).unsqueeze(-1) if self._delayed else t
+        return (t - self._first).clamp_min(0).unsqueeze(-1) if self._delayed else t

@@ -160,6 +160,19 @@ class ForwardContext:
         """What `over` makes of all that the queries may see, once what is `new` (batch, seq, ...) has been stored."""
         return over(queries, self.store.extend(address, new, active), self.mask(window))
 
+    def part(self) -> ForwardContext:
+        """One for some sequences of a pass without a past, which loop by themselves."""
+        part = ForwardContext(self.config, self.n_new, self.device, self.dtype, constants=self.constants)
+        part.whole_layers = self.whole_layers
+        part.expert_load = None if self.expert_load is None else {}
+        return part
+
+    def add_load(self, part: ForwardContext) -> None:
+        """Count the slots that experts received from a part of the sequences."""
+        if self.expert_load is not None and part.expert_load is not None:
+            for address, load in part.expert_load.items():
+                self.expert_load[address] = self.expert_load.get(address, 0) + load
+
     def stacked_load(self) -> Tensor | None:
         """`expert_load` as one tensor, (loops, layers, experts); None where nobody asked or there are no experts."""
         if not self.expert_load:

@@ -21,6 +21,7 @@ from open_mythos.model.block import Block
 from open_mythos.model.cache import CacheAddress, DictStore, KVStore, PlainCache, Stage
 from open_mythos.model.checks import check_ids, check_loops, check_sampling
 from open_mythos.model.context import Constants, ForwardContext
+from open_mythos.model.deeper import Deeper
 from open_mythos.model.evaluation import evaluating
 from open_mythos.model.experts import MoEFFN
 from open_mythos.model.few_rows.stand_ins import FewRows
@@ -156,7 +157,8 @@ class OpenMythos(nn.Module):
         `n_loops` is one depth for all, one per sequence, (batch,), or without a cache one per position, (batch, seq):
         1 where ids are padding at the end. None means `max_loop_iters`. A plain dict passed as `kv_cache` is filled,
         and continues the sequence when passed again. `last` computes logits for that many final positions only. In
-        training mode the routers' biases take one balancing step.
+        training mode the routers' biases take one balancing step, and without a cache a few sequences run deeper than
+        `n_loops` says (the config's `deeper_rate`).
 
         Raises `ValueError` for ids, loops or a cache that do not fit, before anything is computed or changed.
         """
@@ -169,7 +171,13 @@ class OpenMythos(nn.Module):
         if self.config.n_experts and (self.training or full_output):
             context.expert_load = {}
         e = self.encode(ids, context)
-        result = self.recurrent(e, loops, context, keep_probabilities=full_output)
+        deeper = None
+        if self.training and self.config.deeper_rate and store is None:
+            deeper = Deeper.drawn(self.config.deeper_rate, loops)
+        if deeper is None:
+            result = self.recurrent(e, loops, context, keep_probabilities=full_output)
+        else:
+            result = deeper.run(self.recurrent, e, context, keep_probabilities=full_output)
         logits = self.decode(result.state, context, last=last)
         if store is not None:
             store.commit(result.exit_loops)

@@ -22,7 +22,6 @@ from open_mythos.model.context import ForwardContext
 from open_mythos.model.depth_adapter import DepthAdapter, LoopEmbedding
 from open_mythos.model.halting import ACTAccumulator, ACTHalting, LastState, SettledState
 from open_mythos.model.injection import LTIInjection
-from open_mythos.model.restarts import Restarts
 
 
 class LoopResult(NamedTuple):
@@ -68,13 +67,6 @@ class RecurrentBlock(nn.Module):
         if self.config.state_init == "noise" and self.training:
             return torch.randn_like(e) * torch.rand(e.shape[0], 1, 1, device=e.device, dtype=e.dtype)
         return torch.zeros_like(e)
-
-    def _restarts(self, budget: LoopBudget, context: ForwardContext) -> Restarts | None:
-        """Who goes back to the first state; None where nobody does, as nobody learns."""
-        learns = self.training and isinstance(context.store, PassStore)
-        if not learns or not self.config.restart_rate or budget.most < 2:
-            return None
-        return Restarts(self.config.restart_rate, budget)
 
     def accumulator(
         self, n_loops: Tensor, e: Tensor, *, end_together: bool = False, reached: Tensor | None = None
@@ -148,26 +140,19 @@ class RecurrentBlock(nn.Module):
         n_constant = 0 if grad_loops is None else max(0, budget.most - grad_loops)
         learning = torch.is_grad_enabled()
         h = first = self.initial_state(e)
-        restarts, probabilities = self._restarts(budget, context), list[Tensor]()
-
-        def run(h: Tensor, e: Tensor, *, t: int, active: Tensor | None) -> Tensor:
-            h = h if restarts is None else restarts.state(h, first, t)
-            return self.step(h, e, t, context, active, own_index=budget.own_index(t))
-
+        probabilities: list[Tensor] = []
         for t in range(budget.most):
             if t == n_constant > 0:
                 h = _begin(h, first, budget, t)
                 context.injected = None  # what it holds was computed without a gradient
             with torch.set_grad_enabled(learning and t >= n_constant):
                 active = halting.active(t)
-                loop = partial(run, t=t, active=active)
+                loop = partial(self.step, t=t, context=context, active=active, own_index=budget.own_index(t))
                 if recompute and learning:
                     h = self._recomputed(loop, h, e, context, halted=active is not None)
                 else:
                     h = loop(h, e)
                 p = None if self.act is None else context.layer(self.act)(h)
-                if restarts is not None and p is not None:
-                    p = restarts.weights(p, t)
                 halting.update(h, p, t)
             if keep_probabilities and p is not None:
                 probabilities.append(p)
@@ -175,12 +160,7 @@ class RecurrentBlock(nn.Module):
                 break
         kept = torch.stack(probabilities) if probabilities else None
         movement = self._movement(h, e, budget, context, recompute=recompute and learning) if measure_movement else None
-        exit_loops, ponder_cost = halting.exit_loops, halting.ponder_cost
-        if restarts is not None:
-            exit_loops = exit_loops - restarts.skipped
-            if self.act is not None:
-                ponder_cost = ponder_cost - restarts.skipped.expand_as(exit_loops).to(ponder_cost.dtype).mean()
-        return LoopResult(halting.output, exit_loops, ponder_cost, kept, movement)
+        return LoopResult(halting.output, halting.exit_loops, halting.ponder_cost, kept, movement)
 
     def _movement(
         self, h: Tensor, e: Tensor, budget: LoopBudget, context: ForwardContext, *, recompute: bool

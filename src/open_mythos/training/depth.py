@@ -50,10 +50,7 @@ class DepthPlan(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed:
-    """Always the same. Depths other than the trained one are then worse (overthinking, open-mythos issue 28).
-
-    Unless some sequences start anew on the way: `MythosConfig.restart_rate`.
-    """
+    """Always the same. Depths other than the trained one are then worse: overthinking (open-mythos issue 28)."""
 
     name: ClassVar[str] = "fixed"
     loops: int = 8

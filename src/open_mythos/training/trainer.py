@@ -1,7 +1,7 @@
 """The training loop: draw a batch and its depths, differentiate, step, record; resume where a run ended.
 
 Main entry: `Trainer`. On several ranks each takes its share of every batch; the losses do not depend on their number,
-except through what a pass draws, which each rank does for itself: dropout, noise as first state, restarts.
+except through dropout and noise, which each rank draws for itself.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ class TrainerConfig:
     clip: float = 1.0
     """Largest norm of the gradients."""
     micro_batch: int | None = None
-    """Sequences per forward and rank; None takes the rank's whole share. Smaller ones are accumulated: same numbers,
-    unless a pass draws some."""
+    """Sequences per forward and rank; None takes the rank's whole share. Smaller ones are accumulated: same numbers."""
     z_weight: float = 0.0
     ponder_weight: float = 0.0
     """Weight of the ponder cost (loops run plus remainder, per position) in the loss."""

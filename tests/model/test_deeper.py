@@ -1,0 +1,128 @@
+"""In training some sequences run deeper than asked: which, how deep, and that nothing else about a pass changes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from open_mythos.config import MythosConfig
+from open_mythos.model.deeper import Deeper
+from open_mythos.model.mythos import MythosOutput, OpenMythos
+from tiny import random_ids, tiny_config, tiny_model
+
+
+def _training(rate: float, **changes: object) -> OpenMythos:
+    return tiny_model(tiny_config(**{"balance_rate": 0.0, "deeper_rate": rate, **changes})).train()
+
+
+def _run(model: OpenMythos, ids: Tensor, n_loops: int | Tensor) -> tuple[MythosOutput, dict[str, Tensor]]:
+    """A pass, and the gradient of every parameter."""
+    model.zero_grad()
+    found = model(ids, n_loops, full_output=True)
+    weights = torch.randn(found.logits.shape, generator=torch.Generator().manual_seed(3))
+    ((found.logits * weights).sum() + found.ponder_cost).backward()
+    return found, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("rate", [0.125, 0.5])
+def test_the_share_and_the_depths_are_those_asked_for(rate: float) -> None:
+    torch.manual_seed(0)
+    more = torch.zeros(4, dtype=torch.long)
+    for _ in range(400):
+        deeper = Deeper.drawn(rate, torch.full((8,), 3))
+        extra = torch.zeros(8, dtype=torch.long) if deeper is None else deeper.n_loops - 3
+        more += extra.bincount(minlength=4)
+    assert abs(int(more[1:].sum()) / 3200 - rate) < 0.02
+    assert all(abs(int(n) - 3200 * rate / 3) < 3200 * rate / 9 for n in more[1:])
+
+
+def test_the_sequences_of_a_pass_have_depths_of_their_own() -> None:
+    torch.manual_seed(0)
+    deeper = Deeper.drawn(0.5, torch.full((64,), 4))
+    assert deeper is not None
+    assert sorted(deeper.n_loops.unique().tolist()) == [4, 5, 6, 7, 8]
+
+
+def test_a_batch_of_one_runs_deeper_now_and_then() -> None:
+    torch.manual_seed(0)
+    n = sum(Deeper.drawn(0.25, torch.tensor([4])) is not None for _ in range(400))
+    assert 70 < n < 130
+
+
+def test_each_sequence_goes_by_its_own_depth_and_padding_stays() -> None:
+    torch.manual_seed(0)
+    for _ in range(50):
+        deeper = Deeper.drawn(0.99, torch.tensor([1, 2, 8]))
+        assert deeper is not None
+        assert (deeper.n_loops > torch.tensor([1, 2, 8])).sum() == deeper.n
+        assert (deeper.n_loops <= torch.tensor([2, 4, 16])).all()
+        by_position = Deeper.drawn(0.99, torch.tensor([[4, 4, 1], [6, 6, 6]]))
+        assert by_position is not None
+        assert int(by_position.n_loops[0, 2]) == 1
+        assert int(by_position.n_loops[1].max()) in range(6, 13)
+
+
+@pytest.mark.parametrize("n_loops", [3, [4, 1, 3, 2, 5, 3]], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"halting": "none"}, {"act_threshold": 0.6}, {"n_experts": 0}], ids=str)
+def test_a_pass_is_that_of_the_depths_that_were_drawn(changes: dict[str, object], n_loops: int | list[int]) -> None:
+    """Logits, exits, costs, loads and gradients are those of the whole batch at once, everybody's depth given."""
+    model = _training(0.4, **changes)
+    ids, asked = random_ids(model.config, 6, 7), torch.tensor(n_loops).expand(6)
+    plain = copy.deepcopy(model)
+    plain.config = plain.recurrent.config = model.config.replace(deeper_rate=0)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        drawn = Deeper.drawn(0.4, asked)
+        assert drawn is not None
+        torch.manual_seed(seed)
+        got, grads = _run(model, ids, asked)
+        expected, expected_grads = _run(plain, ids, drawn.n_loops)
+        for name in ("logits", "exit_loops", "ponder_cost", "halting_probabilities", "expert_load", "state"):
+            a, b = getattr(got, name), getattr(expected, name)
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, check_dtype=False, msg=name)
+        assert grads.keys() == expected_grads.keys()
+        for name, grad in expected_grads.items():
+            bound = 2e-5 * max(1.0, float(grad.abs().max()))
+            torch.testing.assert_close(grads[name], grad, atol=bound, rtol=1e-4, msg=name)
+
+
+def test_routers_balance_by_the_load_of_all() -> None:
+    model = _training(0.4, balance_rate=0.05)
+    plain, ids = copy.deepcopy(model), random_ids(model.config, 6, 7)
+    plain.config = plain.recurrent.config = model.config.replace(deeper_rate=0)
+    torch.manual_seed(1)
+    drawn = Deeper.drawn(0.4, torch.full((6,), 3))
+    assert drawn is not None
+    torch.manual_seed(1)
+    model(ids, 3)
+    plain(ids, drawn.n_loops)
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, dict(plain.named_buffers())[name], msg=name)
+
+
+@pytest.mark.parametrize(("training", "rate", "cached"), [(False, 0.9, False), (True, 0.0, False), (True, 0.9, True)])
+def test_without_training_or_a_rate_or_with_a_cache_nothing_is_drawn(training: bool, rate: float, cached: bool) -> None:
+    model = _training(rate).train(training)
+    ids, before = random_ids(model.config, 8, 6), torch.get_rng_state()
+    got = model(ids, n_loops=3, kv_cache={} if cached else None)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(got, model.eval()(ids, n_loops=3), atol=1e-5, rtol=1e-5)
+
+
+def test_a_seed_repeats_training() -> None:
+    config = MythosConfig(dim=16, max_seq_len=16, vocab_size=5)
+    assert config.deeper_rate > 0, "by default a depth that is always the same is not all that training sees"
+    model, ids = OpenMythos(config).train(), random_ids(config, 64, 6)
+
+    def logits(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return model(ids, n_loops=3).detach()
+
+    first = logits(0)
+    assert torch.equal(first, logits(0))
+    assert not torch.equal(first, logits(1))
