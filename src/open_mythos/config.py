@@ -77,7 +77,7 @@ class MythosConfig:
     state_init: Literal["input", "zeros", "noise"] = "input"
     """First state: the encoded input, zeros, or in training noise of a random size around the zeros of inference."""
     deeper_rate: float = 0.125
-    """The share of sequences that `forward` in training mode runs deeper than asked, up to twice as deep: with one
+    """The share of sequences that `forward` in training mode runs deeper than asked, up to five times as deep: with one
     depth for all, a model could else learn to be right after that many loops alone. The trainer's depth plans are kept
     to the letter."""
     halting: Literal["act", "settled", "none"] = "act"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from open_mythos.config import MythosConfig
 from open_mythos.model.deeper import Deeper
-from open_mythos.model.mythos import MythosOutput, OpenMythos
+from open_mythos.model.mythos import OpenMythos
 from tiny import random_ids, tiny_config, tiny_model
 
 
@@ -18,32 +19,25 @@ def _training(rate: float, **changes: object) -> OpenMythos:
     return tiny_model(tiny_config(**{"balance_rate": 0.0, "deeper_rate": rate, **changes})).train()
 
 
-def _run(model: OpenMythos, ids: Tensor, n_loops: int | Tensor) -> tuple[MythosOutput, dict[str, Tensor]]:
-    """A pass, and the gradient of every parameter."""
-    model.zero_grad()
-    found = model(ids, n_loops, full_output=True)
-    weights = torch.randn(found.logits.shape, generator=torch.Generator().manual_seed(3))
-    ((found.logits * weights).sum() + found.ponder_cost).backward()
-    return found, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("rate", [0.125, 0.5])
 def test_the_share_and_the_depths_are_those_asked_for(rate: float) -> None:
     torch.manual_seed(0)
-    more = torch.zeros(4, dtype=torch.long)
-    for _ in range(400):
+    more = torch.zeros(13, dtype=torch.long)
+    for _ in range(800):
         deeper = Deeper.drawn(rate, torch.full((8,), 3))
         extra = torch.zeros(8, dtype=torch.long) if deeper is None else deeper.n_loops - 3
-        more += extra.bincount(minlength=4)
-    assert abs(int(more[1:].sum()) / 3200 - rate) < 0.02
-    assert all(abs(int(n) - 3200 * rate / 3) < 3200 * rate / 9 for n in more[1:])
+        more += extra.bincount(minlength=13)
+    assert abs(int(more[1:].sum()) / 6400 - rate) < 0.02
+    for k in range(1, 13):  # k with a share of log(1 + 1/k), so about 1/k
+        expected = 6400 * rate * math.log(1 + 1 / k) / math.log(13)
+        assert abs(int(more[k]) - expected) < 5 * expected**0.5
 
 
 def test_the_sequences_of_a_pass_have_depths_of_their_own() -> None:
     torch.manual_seed(0)
     deeper = Deeper.drawn(0.5, torch.full((64,), 4))
     assert deeper is not None
-    assert sorted(deeper.n_loops.unique().tolist()) == [4, 5, 6, 7, 8]
+    assert len(deeper.n_loops.unique()) > 6
 
 
 def test_a_batch_of_one_runs_deeper_now_and_then() -> None:
@@ -58,17 +52,17 @@ def test_each_sequence_goes_by_its_own_depth_and_padding_stays() -> None:
         deeper = Deeper.drawn(0.99, torch.tensor([1, 2, 8]))
         assert deeper is not None
         assert (deeper.n_loops > torch.tensor([1, 2, 8])).sum() == deeper.n
-        assert (deeper.n_loops <= torch.tensor([2, 4, 16])).all()
+        assert (deeper.n_loops <= torch.tensor([5, 10, 40])).all()
         by_position = Deeper.drawn(0.99, torch.tensor([[4, 4, 1], [6, 6, 6]]))
         assert by_position is not None
         assert int(by_position.n_loops[0, 2]) == 1
-        assert int(by_position.n_loops[1].max()) in range(6, 13)
+        assert int(by_position.n_loops[1].max()) in range(6, 31)
 
 
 @pytest.mark.parametrize("n_loops", [3, [4, 1, 3, 2, 5, 3]], ids=str)
 @pytest.mark.parametrize("changes", [{}, {"halting": "none"}, {"act_threshold": 0.6}, {"n_experts": 0}], ids=str)
 def test_a_pass_is_that_of_the_depths_that_were_drawn(changes: dict[str, object], n_loops: int | list[int]) -> None:
-    """Logits, exits, costs, loads and gradients are those of the whole batch at once, everybody's depth given."""
+    """Logits, exits, costs and loads are those of the whole batch at once, everybody's depth given."""
     model = _training(0.4, **changes)
     ids, asked = random_ids(model.config, 6, 7), torch.tensor(n_loops).expand(6)
     plain = copy.deepcopy(model)
@@ -78,17 +72,50 @@ def test_a_pass_is_that_of_the_depths_that_were_drawn(changes: dict[str, object]
         drawn = Deeper.drawn(0.4, asked)
         assert drawn is not None
         torch.manual_seed(seed)
-        got, grads = _run(model, ids, asked)
-        expected, expected_grads = _run(plain, ids, drawn.n_loops)
-        for name in ("logits", "exit_loops", "ponder_cost", "halting_probabilities", "expert_load", "state"):
+        with torch.no_grad():
+            got = model(ids, asked, full_output=True)
+            expected = plain(ids, drawn.n_loops, full_output=True)
+        for name in ("logits", "exit_loops", "ponder_cost", "halting_probabilities", "state"):
             a, b = getattr(got, name), getattr(expected, name)
             assert (a is None) == (b is None)
             if a is not None:
                 torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, check_dtype=False, msg=name)
-        assert grads.keys() == expected_grads.keys()
-        for name, grad in expected_grads.items():
-            bound = 2e-5 * max(1.0, float(grad.abs().max()))
-            torch.testing.assert_close(grads[name], grad, atol=bound, rtol=1e-4, msg=name)
+        if got.expert_load is not None:
+            assert torch.equal(got.expert_load.sum(0), expected.expert_load.sum(0))
+
+
+@pytest.mark.parametrize("n_loops", [3, [4, 1, 3, 2, 5, 3]], ids=str)
+def test_gradients_flow_through_as_many_loops_as_were_asked_for(n_loops: int | list[int]) -> None:
+    """The others' through all of theirs: as if each sequence were alone, with its part of the loss."""
+    model = _training(0.4)
+    ids, asked = random_ids(model.config, 6, 7), torch.tensor(n_loops).expand(6)
+    torch.manual_seed(1)
+    drawn = Deeper.drawn(0.4, asked)
+    assert drawn is not None
+    torch.manual_seed(1)
+    weights = torch.randn(6, 7, model.config.vocab_size)
+
+    def gradients(loss: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    def alone(i: int) -> Tensor:
+        context = model.context(7)
+        most = int(asked.max()) if int(drawn.n_loops[i]) > int(asked[i]) else None
+        result = model.recurrent(
+            model.encode(ids[i : i + 1], context), drawn.n_loops[i : i + 1], context, grad_loops=most
+        )
+        return (model.decode(result.state, context) * weights[i]).sum() + result.ponder_cost / 6
+
+    torch.manual_seed(1)
+    found = model(ids, asked, full_output=True)
+    got = gradients((found.logits * weights).sum() + found.ponder_cost)
+    expected = gradients(torch.stack([alone(i) for i in range(6)]).sum())
+    assert got.keys() == expected.keys()
+    for name, grad in expected.items():
+        bound = 2e-5 * max(1.0, float(grad.abs().max()))
+        torch.testing.assert_close(got[name], grad, atol=bound, rtol=1e-4, msg=name)
 
 
 def test_routers_balance_by_the_load_of_all() -> None:
