@@ -24,8 +24,6 @@ class Deeper:
 
     n_loops: Tensor
     """(batch,) or (batch, seq): of everybody."""
-    asked: int
-    """The most that anybody was to run. Gradients flow through no more, and no more is kept for them."""
     order: Tensor
     """(batch,): all sequences, those that run deeper first."""
     n: int
@@ -36,8 +34,8 @@ class Deeper:
         """Who may run deeper than `n_loops` says, up to five times as deep; None if nobody does.
 
         A share `rate` of the sequences, each by a number of its own, k more loops about 1/k as often as one more: one
-        number for all of a pass taught much less, and fewer at most did not always hold far beyond. Where positions
-        have depths of their own, only those of the deepest go on: others may be padding.
+        number for all of a pass taught much less, and with fewer at most not all held far beyond. Where positions have
+        depths of their own, only those of the deepest go on: others may be padding.
         """
         batch, cpu = len(n_loops), torch.device("cpu")  # whatever the default: nobody then waits for an accelerator
         n = int(rate * batch + torch.rand((), device=cpu))
@@ -50,31 +48,19 @@ class Deeper:
         goes_on = torch.zeros(batch, dtype=torch.bool, device=cpu).index_fill_(0, order[:n], True)
         if n_loops.dim() > 1:
             goes_on = goes_on.unsqueeze(-1) & (n_loops == n_loops.amax(1, keepdim=True))
-        return cls(n_loops + more * goes_on, int(n_loops.max()), order, n)
+        return cls(n_loops + more * goes_on, order, n)
 
     def run(
         self, recurrent: RecurrentBlock, e: Tensor, context: ForwardContext, *, keep_probabilities: bool
     ) -> LoopResult:
         """The loops of all sequences, from the encoded input e (batch, seq, dim)."""
         found = list[LoopResult]()
-        for rows, grad_loops in ((self.order[: self.n], self.asked), (self.order[self.n :], None)):
+        for rows in (self.order[: self.n], self.order[self.n :]):
             if len(rows):
-                part, own, loops = context.part(), e[rows.to(e.device)], self.n_loops[rows]
-                result = recurrent(own, loops, part, grad_loops=grad_loops, keep_probabilities=keep_probabilities)
-                if result.halting_probabilities is not None and grad_loops is not None:
-                    result = result._replace(halting_probabilities=_from_the_first(result.halting_probabilities, loops))
-                found.append(result)
+                part, own = context.part(), e[rows.to(e.device)]
+                found.append(recurrent(own, self.n_loops[rows], part, keep_probabilities=keep_probabilities))
                 context.add_load(part)
         return _joined(found, self.order.argsort().to(e.device))
-
-
-def _from_the_first(p: Tensor, n_loops: Tensor) -> Tensor:
-    """Halting probabilities (loops, batch, seq) of sequences that end together, by each one's own loops.
-
-    After its last they stay as they are.
-    """
-    own = torch.arange(len(p)).view(-1, 1, 1) + (len(p) - n_loops.view(len(n_loops), -1))
-    return p.gather(0, own.clamp_max(len(p) - 1).expand(p.shape).to(p.device))
 
 
 def _joined(parts: Sequence[LoopResult], places: Tensor) -> LoopResult:
