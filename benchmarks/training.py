@@ -103,7 +103,7 @@ class RandomText:
 def overhead(rounds: int, steps: int) -> list[dict[str, object]]:
     """Seconds per step of the trainer, with its log, TensorBoard and a checkpoint per round, and of a bare loop."""
     torch.manual_seed(0)
-    config = MythosConfig(**SIZES["small-gqa"])
+    config = MythosConfig(**SIZES["small-gqa"], deeper_rate=0)  # as the trainer has it
     bare = OpenMythos(config).train()
     adamw = torch.optim.AdamW(bare.parameters(), lr=1e-4)
     times: dict[str, list[float]] = {"bare": [], "trainer": []}

@@ -78,8 +78,8 @@ class MythosConfig:
     """First state: the encoded input, zeros, or in training noise of a random size around the zeros of inference."""
     deeper_rate: float = 0.125
     """The share of sequences that `forward` in training mode runs deeper than asked, up to five times as deep: with one
-    depth for all, a model could else learn to be right after that many loops alone. The trainer's depth plans are kept
-    to the letter."""
+    depth for all, a model could else learn to be right after that many loops alone. All of their loops are kept for
+    the way back. Not where several processes train together; the trainer's depth plans are kept to the letter."""
     halting: Literal["act", "settled", "none"] = "act"
     """When a position stops: as a trained head says, or once no position up to it moves any more (not in training)."""
     act_threshold: float = 0.99

@@ -143,6 +143,15 @@ def test_what_lies_in_rows_that_nobody_wrote_does_no_harm(dtype: torch.dtype) ->
         assert output.logprobs == pytest.approx(other.logprobs)
 
 
+def test_a_step_takes_the_turn_that_its_loops_end_with() -> None:
+    engine = Engine(tiny_model(tiny_config(halting="none")), cache_bytes=2**20)
+    engine.submit([1, 2, 3], SamplingParams(max_new_tokens=2, n_loops=3, temperature=0.0))
+    assert engine.step() == [], "the prompt is encoded"
+    assert [event.finish_reason for event in engine.step()] == [None], "three loops, then the first token"
+    assert [event.finish_reason for event in engine.step()] == ["length"]
+    assert not engine.busy
+
+
 def test_streamed_events_are_the_outputs() -> None:
     engine = _engine()
     prompts, params = [[1, 2, 3], [4], [5, 6]], SamplingParams(max_new_tokens=4, n_loops=3, seed=2)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from open_mythos.config import MythosConfig
+from open_mythos.model.checks import check_loops
 from open_mythos.model.deeper import Deeper
+from open_mythos.model.many_rows.function import WholeLayer
 from open_mythos.model.mythos import OpenMythos
 from tiny import random_ids, tiny_config, tiny_model
 
@@ -136,6 +139,40 @@ def test_without_training_or_a_rate_or_with_a_cache_nothing_is_drawn(training: b
     got = model(ids, n_loops=3, kv_cache={} if cached else None)
     assert torch.equal(torch.get_rng_state(), before)
     torch.testing.assert_close(got, model.eval()(ids, n_loops=3), atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_is_drawn_where_several_processes_would_have_to_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, before = _training(0.99), torch.get_rng_state()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    model(random_ids(model.config, 8, 6), n_loops=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_depths_are_drawn_on_the_cpu_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        loops = check_loops(3, torch.zeros(4, 2, dtype=torch.long, device="cpu"), tiny_config())
+        deeper = Deeper.drawn(0.99, loops)
+    assert deeper is not None
+    assert {loops.device.type, deeper.n_loops.device.type, deeper.order.device.type} == {"cpu"}
+
+
+def test_deeper_sequences_go_through_compiled_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = _training(0.5), list[int]()
+    run = WholeLayer.__call__
+
+    def counted(self: WholeLayer, x: Tensor, *arguments: Any) -> Tensor:
+        calls.append(len(x))
+        return run(self, x, *arguments)
+
+    monkeypatch.setattr(WholeLayer, "__call__", counted)
+    torch.manual_seed(0)
+    drawn = Deeper.drawn(0.5, torch.full((6,), 3))
+    assert drawn is not None
+    torch.manual_seed(0)
+    model(random_ids(model.config, 6, 7), n_loops=3)
+    most = int(drawn.n_loops.max())
+    assert calls == [6, *[drawn.n] * most, *[6 - drawn.n] * 3, 6]
 
 
 def test_a_seed_repeats_training() -> None:

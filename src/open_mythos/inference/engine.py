@@ -33,7 +33,7 @@ from open_mythos.model.mythos import OpenMythos
 Prompt = Sequence[int]
 
 _LOOPS_AT_ONCE = 4
-"""After so many, a step ends whoever is due: others may want to begin or be cancelled."""
+"""After so many, a step ends even if nobody is due: others may want to begin or be cancelled."""
 
 
 class Event(NamedTuple):

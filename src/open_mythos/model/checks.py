@@ -52,7 +52,7 @@ def check_loops(
             raise ValueError(f"n_loops is {found}; it must be {accepted}")
         loops = n_loops.to("cpu", torch.int32)
     elif isinstance(n_loops, int) and not isinstance(n_loops, bool):
-        loops = torch.full((batch,), n_loops, dtype=torch.int32)
+        loops = torch.full((batch,), n_loops, dtype=torch.int32, device="cpu")
     else:
         raise ValueError(f"n_loops is {n_loops!r}; it must be {accepted}")
     if loops.numel() and int(loops.min()) < 1:

@@ -29,6 +29,12 @@ class Deeper:
     n: int
     """How many these are."""
 
+    @staticmethod
+    def may_be_drawn() -> bool:
+        """Not where several processes train together: they would have to run as many loops as one another."""
+        distributed = torch.distributed
+        return not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
+
     @classmethod
     def drawn(cls, rate: float, n_loops: Tensor) -> Deeper | None:
         """Who may run deeper than `n_loops` says, up to five times as deep; None if nobody does.
@@ -54,7 +60,7 @@ class Deeper:
         self, recurrent: RecurrentBlock, e: Tensor, context: ForwardContext, *, keep_probabilities: bool
     ) -> LoopResult:
         """The loops of all sequences, from the encoded input e (batch, seq, dim)."""
-        found = list[LoopResult]()
+        found: list[LoopResult] = []
         for rows in (self.order[: self.n], self.order[self.n :]):
             if len(rows):
                 part, own = context.part(), e[rows.to(e.device)]

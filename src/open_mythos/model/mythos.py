@@ -157,8 +157,8 @@ class OpenMythos(nn.Module):
         `n_loops` is one depth for all, one per sequence, (batch,), or without a cache one per position, (batch, seq):
         1 where ids are padding at the end. None means `max_loop_iters`. A plain dict passed as `kv_cache` is filled,
         and continues the sequence when passed again. `last` computes logits for that many final positions only. In
-        training mode the routers' biases take one balancing step, and without a cache a few sequences run deeper than
-        `n_loops` says (the config's `deeper_rate`).
+        training mode the routers' biases take one balancing step; and without a cache, in one process, a few sequences
+        run deeper than `n_loops` says (the config's `deeper_rate`).
 
         Raises `ValueError` for ids, loops or a cache that do not fit, before anything is computed or changed.
         """
@@ -172,7 +172,7 @@ class OpenMythos(nn.Module):
             context.expert_load = {}
         e = self.encode(ids, context)
         deeper = None
-        if self.training and self.config.deeper_rate and store is None:
+        if self.training and self.config.deeper_rate and store is None and Deeper.may_be_drawn():
             deeper = Deeper.drawn(self.config.deeper_rate, loops)
         if deeper is None:
             result = self.recurrent(e, loops, context, keep_probabilities=full_output)

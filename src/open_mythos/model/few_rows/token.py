@@ -21,7 +21,7 @@ from open_mythos.model.rows import Array, Progress
 _LINE = np.zeros(1, np.int64)
 
 _LOOPS_AT_ONCE = 4
-"""In one call. The cache sets room aside for all of them, though a position may stop before."""
+"""In one call, up to as many as the token before has run: for what is not run after all, room was made in vain."""
 
 
 class FewRowsToken(NamedTuple):
@@ -49,8 +49,9 @@ class FewRowsToken(NamedTuple):
         """The state for the coda and the loops that it took."""
         h = e.copy() if self.config.state_init == "input" else np.zeros_like(e)
         output, mass, stops = np.zeros_like(e), np.zeros(1, np.float32), np.zeros(1, np.bool_)
-        t = 0
+        t, expected = 0, 1 if context.store.reached is None else int(context.store.reached)
         while not stops[0]:
-            progress = Progress(_LINE, mass, output, stops, np.array([n_loops - t]))
-            t += self.loop.run(h, e, t, min(_LOOPS_AT_ONCE, n_loops - t), context, np.array([t]), progress)
+            left, at_once = n_loops - t, max(1, min(_LOOPS_AT_ONCE, expected - t))
+            progress = Progress(_LINE, mass, output, stops, np.array([left]))
+            t += self.loop.run(h, e, t, min(at_once, left), context, np.array([t]), progress)
         return output if self.config.halting == "act" else h, t
