@@ -140,11 +140,10 @@ class RowTable:
             self.looped[end:, positions] = taken[-n:]
 
     def leave_out(self, loop: int, positions: Rows | int) -> None:
-        """Free the entries of positions, all of the same last loop, from this loop on: they have not run it."""
-        first, end = self._slots(loop), self._slots(int(np.max(self.exits[positions])))
-        self._free_looped.extend(self.looped[first:end, positions].flatten().tolist())
+        """Take back what `place` gave positions, all of the same last loop, from this loop on: they have not run it."""
+        self._free_from(loop, positions)
+        first = self._slots(loop)
         self.looped[first:, positions] = self.looped[first - 1, positions]
-        self.exits[positions] = loop
 
     def seen(self, loop: int | None) -> Rows:
         """Where the rows begin that queries at this loop read, (capacity,)."""
@@ -161,9 +160,7 @@ class RowTable:
         for position in positions:
             if self._layout.outer_width:
                 self._free_outer.append(int(self.outer[position]))
-            filled = self._layout.sharing.slots(int(self.exits[position]))
-            self._free_looped.extend(self.looped[:filled, position].tolist())
-            self.exits[position] = 0
+            self._free_from(0, position)
 
     def adopt(self, other: RowTable, n: int) -> None:
         """Hold the pages of another table, and see the rows of its first `n` positions."""
@@ -181,6 +178,12 @@ class RowTable:
         """Let go of all pages."""
         self._cache.pages.release(self.pages)
         self.pages, self._free_outer, self._free_looped = [], [], []
+
+    def _free_from(self, loop: int, positions: Rows | int) -> None:
+        """Free the looped entries of positions, all of the same last loop, from this loop on."""
+        first, end = self._slots(loop), self._slots(int(np.max(self.exits[positions])))
+        self._free_looped.extend(self.looped[first:end, positions].flatten().tolist())
+        self.exits[positions] = loop
 
     def _take(self, free: list[int], width: int, n: int) -> list[int]:
         while len(free) < n:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from open_mythos.inference.cache import PagedCache, RowTable
@@ -20,7 +20,7 @@ from open_mythos.inference.exit import ExitRule, LoopView
 from open_mythos.inference.flight import Flight, Ints, Running
 from open_mythos.inference.request import Request, Turn
 from open_mythos.inference.wave import Lane, Places, WaveContext
-from open_mythos.model.context import Constants, ForwardContext, StandIn
+from open_mythos.model.context import Constants, ForwardContext
 from open_mythos.model.few_rows.stand_ins import FewRows
 from open_mythos.model.halting import ACTHalting, has_moved
 from open_mythos.model.mythos import OpenMythos
@@ -247,17 +247,12 @@ class Runner:
         return failures
 
     def _context(self, lanes: Sequence[Lane], places: Places) -> WaveContext:
-        """What a wave, and halting and head after it, share."""
+        """What a wave, and halting and head after it, share; what is compiled as a whole does without stand-ins."""
         context = WaveContext(self.model.config, self.cache, lanes, places, self._like, self._constants)
-        context.stand_ins = self._stand_ins(places)
+        if self._compiled is None or places.n > len(lanes):
+            self._few = self._few or FewRows(self.model)
+            context.stand_ins = self._few.stand_ins(context.n_new, context.longest)
         return context
-
-    def _stand_ins(self, places: Places) -> dict[nn.Module, StandIn]:
-        """Those of a wave's modules; what is compiled as a whole does without."""
-        if self._compiled is not None and places.n == len(places.each):
-            return {}
-        self._few = self._few or FewRows(self.model)
-        return self._few.stand_ins(places.n, places.longest)
 
     def _run(self, stage: Stage, context: WaveContext, *inputs: Tensor | int) -> Tensor:
         """One stage for the positions of a wave."""

@@ -38,7 +38,7 @@ class _Halting(NamedTuple):
 _NEVER = _Halting(np.empty((0, 1), np.float32), np.empty(0, np.float32), np.float32(0), np.float32(1))
 _NO_STATES = np.empty((0, 1), np.float32)
 _NOWHERE = Progress(
-    np.empty(0, np.int64), _NO_STATES[:, 0].copy(), _NO_STATES, np.empty(0, np.bool_), np.empty(0, np.int64)
+    np.empty(0, np.int64), np.empty(0, np.float32), _NO_STATES, np.empty(0, np.bool_), np.empty(0, np.int64)
 )
 
 
