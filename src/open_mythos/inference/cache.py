@@ -118,8 +118,9 @@ class RowTable:
         self.exits = np.zeros(capacity, np.int64)
         """(capacity,): how many loops each position has run."""
         self._slot, self._slots = cache.layout.sharing.slot, cache.layout.sharing.slots
-        self._slot_bytes = self.outer.nbytes
-        self._outer_at, self._looped_at = self.outer.ctypes.data, self.looped.ctypes.data
+        self._outer_at: list[int] = [self.outer.ctypes.data]
+        self._looped_at: list[int] = []
+        """Where the list is that is `seen` at each loop, as far as has been asked."""
         self._free_outer: list[int] = []
         self._free_looped: list[int] = []
         self.pages: list[int] = []
@@ -137,7 +138,8 @@ class RowTable:
         if end > first:  # a later loop of the same slot writes over it
             taken = self._take(self._free_looped, self._layout.loop_width, (end - first) * n)
             self.looped[first:end, positions] = taken if isinstance(positions, int) else np.reshape(taken, (-1, n))
-            self.looped[end:, positions] = taken[-n:]
+            if end < len(self.looped):
+                self.looped[end:, positions] = taken[-n:]
 
     def leave_out(self, loop: int, positions: Rows | int) -> None:
         """Take back what `place` gave positions, all of the same last loop, from this loop on: they have not run it."""
@@ -152,8 +154,10 @@ class RowTable:
     def seen_at(self, loop: int | None, n_loops: int) -> list[int]:
         """The address of what is `seen` in each of so many loops from this one on; whoever uses it keeps the table."""
         if loop is None:
-            return [self._outer_at]
-        return [self._looped_at + self._slot(t) * self._slot_bytes for t in range(loop, loop + n_loops)]
+            return self._outer_at
+        for t in range(len(self._looped_at), loop + n_loops):
+            self._looped_at.append(self.looped.ctypes.data + self._slot(t) * self.outer.nbytes)
+        return self._looped_at[loop : loop + n_loops]
 
     def drop(self, positions: range) -> None:
         """Free the rows of positions that turned out not to be wanted."""

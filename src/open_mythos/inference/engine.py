@@ -26,6 +26,7 @@ from open_mythos.inference.request import FinishReason, Output, Request, Turn
 from open_mythos.inference.runner import Failure, Runner
 from open_mythos.inference.sampling import Asked, Choice, SamplingParams, choose_all, draw_draft
 from open_mythos.inference.scheduler import Job, Scheduler
+from open_mythos.inference.speculation import Speculation
 from open_mythos.model.cache_sharing import CacheSharing, EveryLoop
 from open_mythos.model.evaluation import evaluating
 from open_mythos.model.mythos import OpenMythos
@@ -339,28 +340,30 @@ class Engine:
         looping, active = set(flight.owner[running.lines].tolist()), flight.active.tolist()
         loops: int | None = None
         final, guessing = list[Turn](), list[Turn]()
+        nobody_is_final = len(running.lines) == len(flight)
         for index, (first, last) in flight.ends().items():
             request = self._begun[index]
+            speculation = request.params.speculation
+            if speculation is None and nobody_is_final:
+                continue
             end = first + request.turn
             if index not in looping or not any(active[first:end]):
                 final.append(Turn(request, range(first, end)))
-            if request.params.speculation is not None and self._may_guess(request, last):
-                missing = request.params.speculation.loops - int(flight.loop[last])
+            if speculation is not None and self._may_guess(request, speculation, last):
+                missing = speculation.loops - int(flight.loop[last])
                 if missing <= 0 or not active[last]:
                     guessing.append(Turn(request, range(last, last + 1)))
                 loops = max(1, missing) if loops is None else min(loops, max(1, missing))
         due = {turn.request.index for turn in (*final, *guessing)}
         return _Due(running, loops, final, guessing, len(due), len(looping), len(looping - due))
 
-    def _may_guess(self, request: Request, newest: int) -> bool:
+    def _may_guess(self, request: Request, speculation: Speculation, newest: int) -> bool:
         """Whether a guess is wanted after the newest position, as soon as that is far enough."""
-        speculation, flight = request.params.speculation, self.runner.flight
-        assert speculation is not None
         if request.done < len(request.prompt) or len(request.drafts) >= speculation.most:
             return False
         if len(request.output.token_ids) + len(request.drafts) + 2 > request.params.max_new_tokens:
             return False
-        return bool(flight.active[newest] or request.drafts)  # else it is final, and needs no guess
+        return bool(self.runner.flight.active[newest] or request.drafts)  # else it is final, and needs no guess
 
     def _loops(self, due: _Due) -> list[Event]:
         """Loops, while nobody halts or fails."""
@@ -388,7 +391,7 @@ class Engine:
         """Next tokens and guesses; then encode these, and the prompts of requests that are new."""
         events = self._read(due.final, due.guessing) if due.n else []
         read = {turn.request.index: turn.request for turn in (*due.final, *due.guessing)}
-        encoding = [r for r in (*read.values(), *fresh) if r.pending and r.index in self._begun]
+        encoding = [r for r in (*read.values(), *fresh) if r.n_pending and r.index in self._begun]
         if encoding:
             self.runner.encode(encoding)
         return events
@@ -407,7 +410,7 @@ class Engine:
             for turn, choice, exit_loops in zip(final, choices, exits, strict=True)
         ]
         for (request, _), line in zip(guessing, logits[len(final) :], strict=True):
-            if request.index in self._begun and not request.pending:
+            if request.index in self._begun and not request.n_pending:
                 draft = draw_draft(line, Asked(request.params, request.tokens, request.random, len(request.tokens)))
                 request.drafts.append(draft)
                 request.tokens.append(draft.token)
@@ -423,7 +426,7 @@ class Engine:
         self._stats.positions += n_done
         self._stats.tokens += 1
         request.done += n_done
-        if self._may_reuse(request) and request.done == len(request.prompt):
+        if request.done == len(request.prompt) and self._may_reuse(request):
             self._prefixes.add(request.prompt, _settings(request), request.table, request.n_loops)
         output.token_ids.append(choice.token)
         output.exit_loops.append(exit_loops)
@@ -470,8 +473,10 @@ class Engine:
             self.runner.rest()
 
 
-def _asked(request: Request) -> Asked:
-    """What choosing the token after a request's final positions takes."""
+def _asked(request: Request) -> Asked | None:
+    """What choosing the token after a request's final positions takes; None for the likeliest, as it is."""
+    if request.is_plain:
+        return None
     n_seen, n_new = request.done + request.turn, len(request.output.token_ids)
     draft = request.drafts[0] if request.drafts else None
     return Asked(request.params, request.tokens, request.random, n_seen, n_new, draft)

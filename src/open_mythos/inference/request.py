@@ -6,6 +6,7 @@ Main entries: `Request`, `Output`, `Turn`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -53,10 +54,19 @@ class Request:
     drafts: list[Draft] = field(default_factory=list)
     text: DecodedText | None = None
 
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether all that it asks of logits is which token is the likeliest."""
+        return self.params.takes_likeliest and not self.params.logprobs
+
     @property
     def pending(self) -> list[int]:
         """Tokens that have not been encoded."""
         return self.tokens[self.encoded :]
+
+    @property
+    def n_pending(self) -> int:
+        return len(self.tokens) - self.encoded
 
     def add_text(self, token: int) -> bool:
         """Whether the text with this token has a stop string."""

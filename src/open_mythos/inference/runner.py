@@ -27,6 +27,7 @@ from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.rows import Bools, Progress
 
 if TYPE_CHECKING:
+    from open_mythos.model.few_rows.ends import FewRowsEnds
     from open_mythos.model.few_rows.loop import FewRowsHalting, FewRowsLoop
 
 
@@ -68,24 +69,27 @@ class Runner:
 
     def encode(self, requests: Sequence[Request]) -> None:
         """Put the positions of each request that have not been encoded yet into the flight."""
-        requests = sorted(requests, key=lambda request: len(request.pending) > 1)
-        ends = [len(request.tokens) for request in requests]
-        each = [
-            r.encoded if end == r.encoded + 1 else np.arange(r.encoded, end)
-            for r, end in zip(requests, ends, strict=True)
-        ]
+        requests = sorted(requests, key=lambda request: request.n_pending > 1)
+        each = [r.encoded if r.n_pending == 1 else np.arange(r.encoded, len(r.tokens)) for r in requests]
         places = Places(each, self.model.config.outer_reach)
         lanes = [Lane(r.table, at, None) for r, at in zip(requests, each, strict=True)]
-        ids = torch.tensor([[token for r in requests for token in r.pending]], device=self._like.device)
         _place(lanes)
-        e = self._run(_encode, self._context(lanes, places), ids)
+        ids = np.array([token for r in requests for token in r.pending])
+        e = self._encoded(ids, self._context(lanes, places))
         h = self.model.recurrent.initial_state(e)
         reached = [int(r.table.exits[r.encoded - 1]) if r.encoded else 0 for r in requests]
         told = np.array([[r.index for r in requests], [r.n_loops for r in requests], reached])
         owner, most, before = told if places.n == len(lanes) else np.repeat(told, places.sizes, axis=1)
-        self.flight.add(owner, places.positions, most, before, h[0], e[0])
+        self.flight.add(owner, places.positions, most, before, h, e)
         for request in requests:
             request.encoded = len(request.tokens)
+
+    def _encoded(self, ids: Ints, context: WaveContext) -> Tensor:
+        """Encoded inputs (n, dim) of token ids (n,)."""
+        ends = self._ends(context)
+        if ends is not None:
+            return torch.from_numpy(ends.encode(ids, context))
+        return self._run(_encode, context, self._there(ids).unsqueeze(0))[0]
 
     def loop(self, requests: Mapping[int, Request], most: int) -> tuple[int, list[Failure]]:
         """Loops of every position that has not halted, each at its own loop, up to `most` of them: how many.
@@ -158,12 +162,18 @@ class Runner:
             each = [_as_lane(flight.position[own.start : own.stop]) for _, own in ordered]
         lanes = [Lane(request.table, at, None) for (request, _), at in zip(ordered, each, strict=True)]
         states, places = _of(self._outputs(), self._index(lines)), Places(each, self.model.config.outer_reach)
-        context, last = self._context(lanes, places), np.cumsum(places.sizes) - 1
-        stage = partial(_features, wanted=last) if len(lines) > len(turns) else _features
+        last = np.cumsum(places.sizes) - 1 if len(lines) > len(turns) else None
+        logits = self._decoded(states, self._context(lanes, places), last)
+        return logits if order == sorted(order) else logits[self._there(np.argsort(order))]
+
+    def _decoded(self, states: Tensor, context: WaveContext, wanted: Ints | None) -> Tensor:
+        """Logits (wanted, vocab_size) of states (n, dim); of all where none are `wanted`."""
+        ends = self._ends(context)
+        if ends is not None:
+            return torch.from_numpy(ends.decode(states.numpy().copy(), context, wanted))
+        stage = _features if wanted is None else partial(_features, wanted=wanted)
         features = self._run(stage, context, states[None])[0]
-        if len(lines) > len(turns) or order != sorted(order):
-            features = features[self._there(last[np.argsort(order)])]
-        return self.model.logits(features, context)
+        return self.model.logits(features if wanted is None else features[self._there(wanted)], context)
 
     def _index(self, lines: Ints) -> Tensor | None:
         """Lines of the flight as an index of its tensors; None for all of them in order."""
@@ -250,9 +260,13 @@ class Runner:
         """What a wave, and halting and head after it, share; what is compiled as a whole does without stand-ins."""
         context = WaveContext(self.model.config, self.cache, lanes, places, self._like, self._constants)
         if self._compiled is None or places.n > len(lanes):
-            self._few = self._few or FewRows(self.model)
+            self._few = self._few or self.model.few_rows()
             context.stand_ins = self._few.stand_ins(context.n_new, context.longest)
         return context
+
+    def _ends(self, context: WaveContext) -> FewRowsEnds | None:
+        """What stands in for the model's `encode` and `decode`."""
+        return self._few.ends if self._few is not None and context.stand_ins else None
 
     def _run(self, stage: Stage, context: WaveContext, *inputs: Tensor | int) -> Tensor:
         """One stage for the positions of a wave."""

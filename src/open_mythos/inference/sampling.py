@@ -69,6 +69,11 @@ class SamplingParams:
         """What `n_loops` is for a model of that config."""
         return config.max_loop_iters if self.n_loops == "auto" else self.n_loops
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is the likeliest, whatever else there is."""
+        return self.temperature == 0 and self.repetition_penalty == 1 and self.continuation is None
+
     def _require(self, name: str, ok: bool, accepted: str) -> None:
         if not ok:
             raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {accepted}")
@@ -96,23 +101,26 @@ class Asked(NamedTuple):
     """A guess to verify."""
 
 
-def choose_all(logits: Tensor, asked: Sequence[Asked]) -> list[Choice]:
-    """The next token of each request, from logits (requests, vocab_size)."""
+def choose_all(logits: Tensor, asked: Sequence[Asked | None]) -> list[Choice]:
+    """The next token of each request, from logits (requests, vocab_size); None asks for the likeliest, as it is."""
     logits = logits.float()
     # NumPy's takes a sixth of the time on a CPU.
     best = (logits.detach().numpy() if logits.is_cpu else logits).argmax(-1).tolist()
-    return [_choice(logits, i, likeliest, one) for i, (likeliest, one) in enumerate(zip(best, asked, strict=True))]
+    return [
+        Choice(likeliest, None) if one is None else _choice(logits[line], likeliest, one)
+        for line, (likeliest, one) in enumerate(zip(best, asked, strict=True))
+    ]
 
 
-def _choice(logits: Tensor, line: int, likeliest: int, asked: Asked) -> Choice:
-    """The next token of the request of that line."""
-    token = likeliest if _is_plain(asked.params) else _choose(logits[line], asked)
-    return Choice(token, float(logits[line].log_softmax(-1)[token]) if asked.params.logprobs else None)
+def _choice(logits: Tensor, likeliest: int, asked: Asked) -> Choice:
+    """The next token of a request, from logits (vocab_size,)."""
+    token = likeliest if asked.params.takes_likeliest else _choose(logits, asked)
+    return Choice(token, float(logits.log_softmax(-1)[token]) if asked.params.logprobs else None)
 
 
 def draw_draft(logits: Tensor, asked: Asked) -> Draft:
     """A guess from logits (vocab_size,)."""
-    if _is_plain(asked.params):
+    if asked.params.takes_likeliest:
         return Draft(int(logits.argmax()), None)
     probabilities = _probabilities(logits.float(), asked)
     return Draft(int(torch.multinomial(probabilities, 1, generator=asked.random)), probabilities)
@@ -125,10 +133,6 @@ def _choose(logits: Tensor, asked: Asked) -> int:
     if asked.draft is not None:
         return settle(asked.draft, probabilities, asked.random)
     return int(torch.multinomial(probabilities, 1, generator=asked.random))
-
-
-def _is_plain(params: SamplingParams) -> bool:
-    return params.temperature == 0 and params.repetition_penalty == 1 and params.continuation is None
 
 
 def _probabilities(logits: Tensor, asked: Asked) -> Tensor:

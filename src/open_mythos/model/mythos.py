@@ -134,6 +134,10 @@ class OpenMythos(nn.Module):
             context.whole_layers = ManyRows()
         return context
 
+    def few_rows(self) -> FewRows:
+        """What stands in for the model's parts in passes over few positions."""
+        return FewRows(self, whole=type(self) is OpenMythos)
+
     def _run(
         self, blocks: nn.ModuleList, stage: Stage, x: Tensor, context: ForwardContext, wanted: Rows | None = None
     ) -> Tensor:
@@ -248,8 +252,8 @@ class OpenMythos(nn.Module):
         loops = check_loops(n_loops, ids, self.config)
         store = SequenceStore(self.config, ids.shape[0], ids.shape[1] + max_new_tokens, self.embed.weight)
         new, constants = ids, Constants()
-        few = FewRows(self)
-        token = few.token() if type(self) is OpenMythos else None
+        few = self.few_rows()
+        token = few.token()
         for _ in range(max_new_tokens):
             context = self.context(new.shape[1], store, constants)
             context.stand_ins = few.stand_ins(new.numel(), context.longest)

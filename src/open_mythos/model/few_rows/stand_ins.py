@@ -5,6 +5,7 @@ Main entry: `FewRows`. On a CPU, a pass over very few is bound by how many opera
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from open_mythos.model.rows import as_array
 
 if TYPE_CHECKING:
     from open_mythos.model.arithmetic.compiled import Threads
+    from open_mythos.model.few_rows.ends import FewRowsEnds
     from open_mythos.model.few_rows.layers import Layer
     from open_mythos.model.few_rows.token import FewRowsToken
     from open_mythos.model.mythos import OpenMythos
@@ -32,13 +34,16 @@ _MOST, _MOST_KEYS, _MOST_PAIRS = 2048, 2048, 2**20
 class FewRows:
     """What stands in for a model's parts in passes over few positions."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Made for the model's modules, hooks and weights as they are now; weights may change in place."""
+    def __init__(self, model: nn.Module, *, whole: bool = False) -> None:
+        """Made for the model's modules, hooks and weights as they are now; weights may change in place.
+
+        `whole` if the model's own methods, those of an `OpenMythos`, may be computed by something else, too.
+        """
         self._model = model
         plain: list[nn.Module] = []
         parts = [part for part in model._modules.values() if part is not None]
         all_known = [collect(part, plain) for part in parts]
-        self._whole = all(all_known) and not is_patched(model)  # and nothing looks at what goes on in it
+        self._whole = whole and all(all_known) and not is_patched(model)  # and nothing looks at what goes on in it
         plain += [part for part, known in zip(parts, all_known, strict=True) if known and isinstance(part, WHOLES)]
         self._threads: Threads | None = None
         self._found: dict[nn.Module, StandIn] = {}
@@ -61,29 +66,38 @@ class FewRows:
             return {}
         return self._found
 
-    def token(self) -> FewRowsToken | None:
-        """A pass over one position of the model, an `OpenMythos`; None if not all of it is known."""
+    @cached_property
+    def ends(self) -> FewRowsEnds | None:
+        """`encode` and `decode` of the model; None if not all of it is known."""
         model: OpenMythos = self._model  # type: ignore[assignment]
-        threads = self._threads
-        if threads is None or not self._whole or model.config.halting == "settled":
+        if self._threads is None or not self._whole:
             return None
         head = model.head or model.embed
         parts = (model.prelude, model.prelude_norm, model.recurrent, model.coda, model.norm, head)
         if not all(part in self._found for part in parts):
             return None
-        from open_mythos.model.few_rows.token import FewRowsToken
+        from open_mythos.model.few_rows.ends import FewRowsEnds
 
         found: dict[nn.Module, Any] = self._found
-        return FewRowsToken(
+        return FewRowsEnds(
             config=model.config,
             embedding=as_array(model.embed.weight),
             prelude=found[model.prelude],
             prelude_norm=found[model.prelude_norm],
-            loop=found[model.recurrent],
             coda=found[model.coda],
             norm=found[model.norm],
             head=found[head],
         )
+
+    def token(self) -> FewRowsToken | None:
+        """A pass over one position of the model; None if not all of it is known."""
+        if self.ends is None or self.ends.config.halting == "settled":
+            return None
+        from open_mythos.model.few_rows.token import FewRowsToken
+
+        model: OpenMythos = self._model  # type: ignore[assignment]
+        loop: Any = self._found[model.recurrent]
+        return FewRowsToken(self.ends, loop)
 
 
 def _layers(modules: list[nn.Module]) -> dict[nn.Module, Layer]:
