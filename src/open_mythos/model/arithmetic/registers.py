@@ -5,6 +5,7 @@ Main entries: `WIDE`, `REGISTERS`; the others are steps of the intrinsics beside
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
@@ -15,6 +16,8 @@ FLOAT, _INT32, _BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(8)
 _FLAGS = ("reassoc", "contract", "nsz", "arcp")
 _CACHE_LINE = 16
 """Numbers in a line of the caches."""
+_LANE = 4
+"""Numbers in 128 bits of a register."""
 
 
 def _registers() -> tuple[int, int]:
@@ -98,6 +101,16 @@ def add_products(builder: Any, totals: list[Any], a: list[Any], b: list[Any]) ->
         builder.store(builder.fadd(builder.load(total), product, flags=_FLAGS), total)
 
 
+def along(builder: Any, n: Any, step: Callable[[Any, Any], None]) -> None:
+    """A `step` for each `WIDE` of n numbers, told where they begin, and a masked one for what is left."""
+    wide = n.type(WIDE)
+    with cgutils.for_range(builder, builder.udiv(n, wide)) as loop:
+        step(builder.mul(loop.index, wide), None)
+    rest = builder.urem(n, wide)
+    with builder.if_then(builder.icmp_signed("!=", rest, n.type(0))):
+        step(builder.sub(n, rest), mask_of(builder, rest))
+
+
 def fetch(builder: Any, data: Any, place: Any, n: int) -> None:
     """Ask for n numbers that will be read soon, line by line; it may be asked for what is not there."""
     address = _BYTE.as_pointer()
@@ -109,20 +122,29 @@ def fetch(builder: Any, data: Any, place: Any, n: int) -> None:
 
 
 def sums_of(builder: Any, vectors: list[Any]) -> list[Any]:
-    """The sums of each of the vectors' numbers, in order, of 1, 2, 4, ... vectors; up to `WIDE` of them in a vector."""
-    size = WIDE
-    while size > 1:
+    """The sums of each of the vectors' numbers, in order, of 1, 2, 4, ... vectors; up to `WIDE` of them in a vector.
+
+    First within lanes of 128 bits, then of whole lanes: these, processors exchange faster than just any numbers.
+    """
+    for step in range(WIDE.bit_length() - 1):
+        piece, span = (1, _LANE) if step < _LANE.bit_length() - 1 else (_LANE, WIDE)
         if len(vectors) == 1:
             vectors = vectors * 2  # whose sums are not looked at
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [_sums_of_pair(builder, *pair) for pair in pairs]
-        size //= 2
+        vectors = [_sums_of_pair(builder, *pair, piece, span) for pair in pairs]
     return vectors
 
 
-def _sums_of_pair(builder: Any, a: Any, b: Any) -> Any:
-    """Sums of neighbours: those of a in the first half, those of b in the second."""
-    even, odd = (builder.shuffle_vector(a, b, indices(range(first, 2 * WIDE, 2))) for first in (0, 1))
+def _sums_of_pair(builder: Any, a: Any, b: Any, piece: int, span: int) -> Any:
+    """Sums of neighbouring pieces: of every span, those of a in the first half, those of b in the second."""
+    first = [
+        vector + start + place + k
+        for start in range(0, WIDE, span)
+        for vector in (0, WIDE)
+        for place in range(0, span, 2 * piece)
+        for k in range(piece)
+    ]
+    even, odd = (builder.shuffle_vector(a, b, indices([k + by for k in first])) for by in (0, piece))
     return builder.fadd(even, odd, flags=_FLAGS)
 
 

@@ -20,6 +20,7 @@ from open_mythos.model.arithmetic.registers import (
     REGISTERS,
     WIDE,
     add_products,
+    along,
     array_of,
     indices,
     mask_of,
@@ -70,12 +71,7 @@ def _score(queries: int) -> Callable[..., None]:
                     one = read(builder, builder.gep(numbers, [place]), mask)
                     add_products(builder, totals[k * n_rows : (k + 1) * n_rows], [one] * n_rows, factors)
 
-            wide = dim.type(WIDE)
-            with cgutils.for_range(builder, builder.udiv(dim, wide)) as loop:
-                add(builder.mul(loop.index, wide), None)
-            rest = builder.urem(dim, wide)
-            with builder.if_then(builder.icmp_signed("!=", rest, dim.type(0))):
-                add(builder.sub(dim, rest), mask_of(builder, rest))
+            along(builder, dim, add)
             vectors = [ir.Constant(REGISTER, [0.0] * WIDE)] * _SUMS
             for k in range(queries):
                 for j in range(n_rows):

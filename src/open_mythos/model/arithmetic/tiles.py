@@ -21,6 +21,7 @@ from open_mythos.model.arithmetic.registers import (
     REGISTERS,
     WIDE,
     add_products,
+    along,
     array_of,
     fetch,
     read,
@@ -52,7 +53,7 @@ def _sums(rows: int) -> Callable[..., tuple[float, ...]]:
     def sums(_context: Any, x: Any, row: Any, weight: Any, channel: Any, apart: Any) -> Any:
         """Rows of x (n, dim) from `row` on, by four rows of a matrix (width, dim): `channel` and others so far `apart`.
 
-        Without dim's last numbers, those behind the last multiple of `WIDE`. Row by row, the four sums of each.
+        Row by row, the four sums of each.
         """
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -62,12 +63,14 @@ def _sums(rows: int) -> Callable[..., tuple[float, ...]]:
             channels = [builder.add(args[3], builder.mul(args[4], args[4].type(k))) for k in range(CHANNELS)]
             others = [row_of(builder, matrix, channel, 0, dim) for channel in channels]
             totals = zeros(builder, rows * CHANNELS)
-            with cgutils.for_range(builder, builder.udiv(dim, dim.type(WIDE))) as loop:
-                place = builder.mul(loop.index, dim.type(WIDE))
-                factors = [read(builder, builder.gep(other, [place])) for other in others]
+
+            def add(place: Any, mask: Any) -> None:
+                factors = [read(builder, builder.gep(other, [place]), mask) for other in others]
                 for k, row in enumerate(own):
-                    numbers = [read(builder, builder.gep(row, [place]))] * CHANNELS
+                    numbers = [read(builder, builder.gep(row, [place]), mask)] * CHANNELS
                     add_products(builder, totals[k * CHANNELS : (k + 1) * CHANNELS], numbers, factors)
+
+            along(builder, dim, add)
             found = sums_of(builder, [builder.load(total) for total in totals])
             results = [
                 builder.extract_element(found[k // WIDE], ir.IntType(32)(k % WIDE)) for k in range(rows * CHANNELS)

@@ -10,7 +10,6 @@ from numba import prange
 
 from open_mythos.model.arithmetic.compiled import MATRIX, STACK, compiled, n_parts, parallel, shared
 from open_mythos.model.arithmetic.product import by_turned, turned
-from open_mythos.model.arithmetic.registers import WIDE
 from open_mythos.model.arithmetic.tiles import (
     CHANNELS,
     CHANNELS_16,
@@ -24,13 +23,10 @@ from open_mythos.model.arithmetic.tiles import (
 from open_mythos.model.rows import Array, Rows
 
 _LANES = 32
-"""Rows that lie side by side in a panel."""
+"""Rows that lie side by side in a panel, at most; more rows than this are multiplied as whole matrices are."""
 
 _MOST_TOGETHER = 64 + CHANNELS_16
 """Channels whose sums are turned together, from channel by channel to row by row."""
-
-_FEW, _MANY = 8, 32
-"""More rows than the first are multiplied side by side; more than the second as whole matrices are."""
 
 
 @compiled
@@ -58,30 +54,37 @@ def multiply_part(
     x: Array, panels: Array, panel: int, weight: Array, scale: np.float32, first: int, end: int, out: Array, add: int
 ) -> None:
     """`multiply` for the channels of `out` from `first` to `end`; x also lies in the panels from `panel` on."""
-    if x.shape[0] > _MANY:
+    if x.shape[0] > _LANES:
         by_turned(x, weight, first, end, scale, out, add != 0)
         return
     if add == 0:
         for i in range(out.shape[0]):
             for j in range(first, end):
                 out[i, j] = np.float32(0)
-    if x.shape[0] <= _FEW or end - first < CHANNELS_16:
-        _add_rows(x, weight, scale, first, end, out)
-    else:
+    if _lanes(x.shape[0]) and end - first >= CHANNELS_16:
         _add_panels(x.shape[0], panels, panel, weight, scale, first, end, out)
+    else:
+        _add_rows(x, weight, scale, first, end, out)
+
+
+@compiled
+def _lanes(n: int) -> int:
+    """How many rows a panel for n of them has; 0 if they would leave a quarter of it empty, or are too many."""
+    lanes = 16 if n <= 16 else 32
+    return lanes if 4 * n > 3 * lanes and n <= _LANES else 0
 
 
 @parallel
 def side_by_side(x: Array, ends: Rows, threads: int) -> Array:
     """Rows of x (n, dim) in panels (panels, dim, rows), for the runs of rows that are long enough, else nowhere.
 
-    Run r has the rows up to `ends[r]`, and panels from `first_panel` of its first row and r on. Runs that are so long
-    that they are multiplied otherwise have room for panels, which is not touched.
+    Run r has the rows up to `ends[r]`, and panels from `first_panel` of its first row and r on. Runs that are
+    multiplied otherwise have room for panels, which is not touched.
     """
-    dim, longest, start = x.shape[1], 0, 0
+    dim, most, start = x.shape[1], 0, 0
     for run in range(ends.shape[0]):
-        longest, start = max(longest, ends[run] - start if ends[run] - start <= _MANY else 0), ends[run]
-    if longest <= _FEW:
+        most, start = max(most, _lanes(ends[run] - start)), ends[run]
+    if most == 0:
         return np.empty((0, dim, _LANES), np.float32)
     panels = np.empty((first_panel(x.shape[0], ends.shape[0]), dim, _LANES), np.float32)
     parts = n_parts(8 * x.size, threads)
@@ -101,19 +104,16 @@ def _fill(panels: Array, x: Array, ends: Rows, first: int, end: int) -> None:
     """The channels of all panels from `first` to `end`; behind the last row of a run, zeros."""
     start = 0
     for run in range(ends.shape[0]):
-        stop, panel = ends[run], first_panel(start, run)
-        if _FEW < stop - start <= _MANY:
-            for at in range(start, stop, _LANES):
-                rows = min(_LANES, stop - at)
-                lanes = 16 if stop - start <= 16 else 32
-                flat = panels[panel].reshape(-1)
-                for k in range(first, end):
-                    for i in range(rows):
-                        flat[k * lanes + i] = x[at + i, k]
-                    for i in range(rows, lanes):
-                        flat[k * lanes + i] = np.float32(0)
-                panel += 1
-        start = stop
+        rows = ends[run] - start
+        lanes = _lanes(rows)
+        if lanes:
+            flat = panels[first_panel(start, run)].reshape(-1)
+            for k in range(first, end):
+                for i in range(rows):
+                    flat[k * lanes + i] = x[start + i, k]
+                for i in range(rows, lanes):
+                    flat[k * lanes + i] = np.float32(0)
+        start = ends[run]
 
 
 @compiled
@@ -122,8 +122,7 @@ def _add_rows(x: Array, weight: Array, scale: np.float32, first: int, end: int, 
 
     That is what processors fetch ahead by themselves: 1.5 to 2.5 times as fast as four rows side by side, from memory.
     """
-    n, dim = x.shape
-    apart, rest = (end - first) // CHANNELS, dim // WIDE * WIDE
+    n, apart = len(x), (end - first) // CHANNELS
     for o in range(first, first + apart):
         i = 0
         while i + 4 <= n:
@@ -140,21 +139,10 @@ def _add_rows(x: Array, weight: Array, scale: np.float32, first: int, end: int, 
             one = sums_1(x, i, weight, o, apart)
             for k in range(CHANNELS):
                 out[i, o + k * apart] += scale * one[k]
-    fours = first + CHANNELS * apart
-    if rest < dim:
-        _add_columns(x, weight, scale, rest, first, fours, out)
-    if fours < end:
-        _add_columns(x, weight, scale, 0, fours, end, out)
-
-
-@compiled
-def _add_columns(x: Array, weight: Array, scale: np.float32, column: int, first: int, end: int, out: Array) -> None:
-    """What the columns of x and of the matrix from `column` on add to the channels from `first` to `end`."""
-    n, dim = x.shape
-    for o in range(first, end):
+    for o in range(first + CHANNELS * apart, end):
         for i in range(n):
             total = np.float32(0)
-            for k in range(column, dim):
+            for k in range(x.shape[1]):
                 total += x[i, k] * weight[o, k]
             out[i, o] += scale * total
 
@@ -170,19 +158,18 @@ def _add_panels(
     while base < end:
         stop = end if end - base <= _MOST_TOGETHER else base + _MOST_TOGETHER - CHANNELS_16  # none is left with too few
         width = stop - base
-        for start in range(0, n, _LANES):
-            done = base
-            while done < stop:
-                o = min(done, stop - channels)  # the last may compute some channels again
-                place = sums[(o - base) * lanes :]
-                if n <= 16:
-                    tile_16(panels[panel], weight, o, place)
-                else:
-                    tile_32(panels[panel + start // _LANES], weight, o, place)
-                done = o + channels
-            turned(sums, 0, lanes, width, lanes, across, 0, width)
-            for i in range(min(_LANES, n - start)):
-                own, more = out[start + i], across[i * width : (i + 1) * width]
-                for j in range(width):
-                    own[base + j] += scale * more[j]
+        done = base
+        while done < stop:
+            o = min(done, stop - channels)  # the last may compute some channels again
+            place = sums[(o - base) * lanes :]
+            if n <= 16:
+                tile_16(panels[panel], weight, o, place)
+            else:
+                tile_32(panels[panel], weight, o, place)
+            done = o + channels
+        turned(sums, 0, lanes, width, lanes, across, 0, width)
+        for i in range(n):
+            own, more = out[i], across[i * width : (i + 1) * width]
+            for j in range(width):
+                own[base + j] += scale * more[j]
         base = stop
