@@ -98,7 +98,9 @@ def _swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
 
 @settings(deadline=None, max_examples=150)
 @given(
-    lengths=st.lists(st.sampled_from([0, 1, 3, 4, 5, 9, 12, 13, 17, 24, 25, 33, 41, 70]), min_size=1, max_size=6).filter(any),
+    lengths=st.lists(
+        st.sampled_from([0, 1, 3, 4, 5, 9, 12, 13, 17, 24, 25, 33, 41, 70]), min_size=1, max_size=6
+    ).filter(any),
     dim=st.sampled_from([1, 3, 4, 7, 16, 31, 65, 130, 200]),
     width=st.sampled_from([1, 3, 4, 9, 16, 31, 64, 130]),
     parts=st.integers(1, 4),

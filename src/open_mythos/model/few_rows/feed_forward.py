@@ -13,7 +13,7 @@ from open_mythos.model.arithmetic.exponential import exp
 from open_mythos.model.arithmetic.tiles import CHANNELS, COLUMNS, tile_along
 from open_mythos.model.arithmetic.vectors import add_to, copied
 from open_mythos.model.few_rows.pointwise import rms_norm
-from open_mythos.model.few_rows.products import first_panel, multiply, multiply_part, share, side_by_side
+from open_mythos.model.few_rows.products import multiply, multiply_part, share
 from open_mythos.model.rows import Array, Rows
 
 _FEW = 4
@@ -77,7 +77,7 @@ def _gate(x: Array, gate: Array, up: Array, ends: Rows, factors: Array, hidden: 
     """Write `factor * silu(gate) * up` of x to `hidden`; expert e has the rows up to `ends[e]`."""
     width = hidden.shape[1]
     parts = n_parts(2 * x.size * width, threads)
-    ups, panels = np.empty_like(hidden), side_by_side(x, ends, threads)
+    ups = np.empty_like(hidden)
     for part in prange(parts):
         first, end = share(width, part, parts), share(width, part + 1, parts)
         for matrix in range(2):
@@ -85,8 +85,8 @@ def _gate(x: Array, gate: Array, up: Array, ends: Rows, factors: Array, hidden: 
             start = 0
             for e in range(ends.shape[0]):
                 if start < ends[e]:
-                    rows, panel = x[start : ends[e]], first_panel(start, e)
-                    multiply_part(rows, panels, panel, weights[e], np.float32(1), first, end, out[start : ends[e]], 0)
+                    rows, to = x[start : ends[e]], out[start : ends[e]]
+                    multiply_part(rows, weights[e], np.float32(1), first, end, to, 0)
                 start = ends[e]
         for r in range(hidden.shape[0]):
             own, other = hidden[r, first:end], ups[r, first:end]
