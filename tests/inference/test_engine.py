@@ -112,7 +112,7 @@ def test_how_many_loops_a_step_runs_changes_nothing(seed: int, monkeypatch: pyte
             n_loops=random.randint(8, 12),
             temperature=0.0,
             exit_rule=random.choice([None, None, StateChange(0.02)]),
-            speculation=random.choice([None, Speculation(random.randint(1, 7), 3)]),
+            speculation=random.choice([None, Speculation(random.randint(1, 7), 3), Speculation()]),
         )
         for _ in prompts
     ]
@@ -274,7 +274,7 @@ def test_speculation_changes_no_greedy_token(seed: int) -> None:
     prompts = _prompts(random, random.randint(1, 4), model.config.vocab_size)
     n_loops, rule = random.randint(1, 9), random.choice(RULES)
     plain = SamplingParams(max_new_tokens=12, n_loops=n_loops, exit_rule=rule, temperature=0.0, logprobs=True)
-    speculation = Speculation(loops=random.randint(1, 5), most=random.randint(1, 5))
+    speculation = Speculation(loops=random.choice([None, 1, 2, 3, 4, 5]), most=random.randint(1, 5))
     engine = Engine(model, cache_bytes=2**21, max_batch_tokens=random.choice([1, 50]))
     expected = Engine(model, cache_bytes=2**21).generate(prompts, plain)
     for output, other in zip(engine.generate(prompts, replace(plain, speculation=speculation)), expected, strict=True):
@@ -284,6 +284,15 @@ def test_speculation_changes_no_greedy_token(seed: int) -> None:
     assert stats.accepted <= stats.drafted
     assert engine.cache.pages.n_free == engine.cache.pages.n_pages
     assert len(engine.runner.flight) == 0
+
+
+def test_guesses_come_after_a_quarter_of_the_loops_unless_told_otherwise() -> None:
+    assert [Speculation().guesses_after(n_loops) for n_loops in (1, 4, 7, 16)] == [1, 1, 1, 4]
+    assert Speculation(3).guesses_after(16) == 3
+    with pytest.raises(ValueError, match="loops is 0; it must be None or at least 1"):
+        Speculation(0)
+    with pytest.raises(ValueError, match="most is 0; it must be at least 1"):
+        Speculation(most=0)
 
 
 def test_accepted_loops_are_never_computed_twice() -> None:

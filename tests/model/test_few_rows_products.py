@@ -31,9 +31,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     use.use()
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 9, 12, 13, 16, 17, 24, 25, 31, 32, 33, 41, 64])
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 6, 7, 10, 31, 32, 47, 48, 49, 64])
 @pytest.mark.parametrize("dim", [1, 15, 16, 40, 257])
-@pytest.mark.parametrize("width", [1, 5, 16, 23, 130, 384])
+@pytest.mark.parametrize("width", [1, 5, 16, 23, 257, 384])
 def test_products_are_numpys(n: int, dim: int, width: int, threads: int) -> None:
     x, weight, before = _random(n, n, dim), _random(dim, width, dim), _random(width, n, width)
     added, written = before.copy(), np.full_like(before, np.nan)
@@ -98,9 +98,7 @@ def _swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
 
 @settings(deadline=None, max_examples=150)
 @given(
-    lengths=st.lists(
-        st.sampled_from([0, 1, 3, 4, 5, 9, 12, 13, 17, 24, 25, 33, 41, 70]), min_size=1, max_size=6
-    ).filter(any),
+    lengths=st.lists(st.sampled_from([0, 1, 3, 4, 5, 6, 10, 17, 33, 48, 49, 70]), min_size=1, max_size=6).filter(any),
     dim=st.sampled_from([1, 3, 4, 7, 16, 31, 65, 130, 200]),
     width=st.sampled_from([1, 3, 4, 9, 16, 31, 64, 130]),
     parts=st.integers(1, 4),

@@ -319,7 +319,7 @@ class Engine:
                 request.done = self._prefixes.adopt(request.prompt, _settings(request), request.table)
                 request.encoded = request.done
                 self._stats.reused += request.done
-            in_flight += len(request.pending)
+            in_flight += request.n_pending
             self._begun[request.index] = request
             fresh.append(request)
         return fresh
@@ -350,7 +350,7 @@ class Engine:
             if index not in looping or not any(active[first:end]):
                 final.append(Turn(request, range(first, end)))
             if speculation is not None and self._may_guess(request, speculation, last):
-                missing = speculation.loops - int(flight.loop[last])
+                missing = speculation.guesses_after(request.n_loops) - int(flight.loop[last])
                 if missing <= 0 or not active[last]:
                     guessing.append(Turn(request, range(last, last + 1)))
                 loops = max(1, missing) if loops is None else min(loops, max(1, missing))
@@ -409,9 +409,11 @@ class Engine:
             self._next_token(turn.request, choice, exit_loops, stays)
             for turn, choice, exit_loops in zip(final, choices, exits, strict=True)
         ]
-        for (request, _), line in zip(guessing, logits[len(final) :], strict=True):
+        for line, (request, _) in enumerate(guessing, len(final)):
             if request.index in self._begun and not request.n_pending:
-                draft = draw_draft(line, Asked(request.params, request.tokens, request.random, len(request.tokens)))
+                draft = draw_draft(
+                    logits[line], Asked(request.params, request.tokens, request.random, len(request.tokens))
+                )
                 request.drafts.append(draft)
                 request.tokens.append(draft.token)
                 self._stats.drafted += 1

@@ -46,7 +46,7 @@ class Flight:
         self.most: Ints = np.empty(0, np.int64)
         """How many it may run."""
         self.reached: Ints = np.empty(0, np.int64)
-        """How many loops the last position has run that the request had encoded before."""
+        """How many loops the last position has run that the request had encoded before, if anybody asks."""
         self.active: Bools = np.empty(0, np.bool_)
         """False once it has halted."""
         self._running: Running | None = None

@@ -68,6 +68,11 @@ class Request:
     def n_pending(self) -> int:
         return len(self.tokens) - self.encoded
 
+    @property
+    def loops_before(self) -> int:
+        """How many loops the last encoded position has run; 0 if there is none."""
+        return int(self.table.exits[self.encoded - 1]) if self.encoded else 0
+
     def add_text(self, token: int) -> bool:
         """Whether the text with this token has a stop string."""
         if self.text is None or self.output.text is None:

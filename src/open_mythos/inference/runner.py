@@ -64,7 +64,7 @@ class Runner:
         self._latest: _Company | None = None
 
     def rest(self) -> None:
-        """Nothing is being computed, and weights may change."""
+        """Nothing is being computed: what has been found of the model, its weights and hooks, is found anew."""
         self._constants, self._few, self._latest = {}, None, None
 
     def encode(self, requests: Sequence[Request]) -> None:
@@ -74,10 +74,10 @@ class Runner:
         places = Places(each, self.model.config.outer_reach)
         lanes = [Lane(r.table, at, None) for r, at in zip(requests, each, strict=True)]
         _place(lanes)
-        ids = np.array([token for r in requests for token in r.pending])
+        ids = np.array([token for r in requests for token in r.pending], np.int64)
         e = self._encoded(ids, self._context(lanes, places))
-        h = self.model.recurrent.initial_state(e)
-        reached = [int(r.table.exits[r.encoded - 1]) if r.encoded else 0 for r in requests]
+        h = self.model.recurrent.initial_state(e.unsqueeze(0))[0]
+        reached = [r.loops_before if self.model.config.halting == "settled" else 0 for r in requests]
         told = np.array([[r.index for r in requests], [r.n_loops for r in requests], reached])
         owner, most, before = told if places.n == len(lanes) else np.repeat(told, places.sizes, axis=1)
         self.flight.add(owner, places.positions, most, before, h, e)
@@ -161,7 +161,7 @@ class Runner:
         if len(lines) > len(turns):
             each = [_as_lane(flight.position[own.start : own.stop]) for _, own in ordered]
         lanes = [Lane(request.table, at, None) for (request, _), at in zip(ordered, each, strict=True)]
-        states, places = _of(self._outputs(), self._index(lines)), Places(each, self.model.config.outer_reach)
+        states, places = self._outputs(self._index(lines)), Places(each, self.model.config.outer_reach)
         last = np.cumsum(places.sizes) - 1 if len(lines) > len(turns) else None
         logits = self._decoded(states, self._context(lanes, places), last)
         return logits if order == sorted(order) else logits[self._there(np.argsort(order))]
@@ -170,7 +170,7 @@ class Runner:
         """Logits (wanted, vocab_size) of states (n, dim); of all where none are `wanted`."""
         ends = self._ends(context)
         if ends is not None:
-            return torch.from_numpy(ends.decode(states.numpy().copy(), context, wanted))
+            return torch.from_numpy(ends.decode(states.numpy(), context, wanted))
         stage = _features if wanted is None else partial(_features, wanted=wanted)
         features = self._run(stage, context, states[None])[0]
         return self.model.logits(features if wanted is None else features[self._there(wanted)], context)
@@ -181,15 +181,14 @@ class Runner:
             return None
         return self._there(lines)
 
-    def _outputs(self) -> Tensor:
-        """What the coda reads of every line, were this its last loop."""
+    def _outputs(self, index: Tensor | None) -> Tensor:
+        """What the coda reads of these lines, were this their last loop; the caller's own."""
         flight = self.flight
-        if self.model.recurrent.act is None:
-            return flight.h
-        if not flight.active.any():
-            return flight.output
+        if self.model.recurrent.act is None or not flight.active.any():
+            states = flight.h if self.model.recurrent.act is None else flight.output
+            return states.clone() if index is None else states[index]
         rest = (1 - flight.mass) * self._there(flight.active)
-        return torch.addcmul(flight.output, rest.unsqueeze(-1), flight.h)
+        return _of(torch.addcmul(flight.output, rest.unsqueeze(-1), flight.h), index)
 
     def _settle(
         self, company: _Company, context: ForwardContext, t: Tensor, before: Tensor, after: Tensor

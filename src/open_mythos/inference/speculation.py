@@ -20,14 +20,20 @@ class Speculation:
     From that the next position starts.
     """
 
-    loops: int = 2
+    loops: int | None = None
+    """None is a quarter of the request's loops, at least one."""
     most: int = 8
     """Unverified guesses at a time."""
 
     def __post_init__(self) -> None:
-        for name in ("loops", "most"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.loops is not None and self.loops < 1:
+            raise ValueError(f"loops is {self.loops}; it must be None or at least 1")
+        if self.most < 1:
+            raise ValueError(f"most is {self.most}; it must be at least 1")
+
+    def guesses_after(self, n_loops: int) -> int:
+        """How many loops a position runs before it is read for a guess, in a request of so many."""
+        return max(1, n_loops // 4) if self.loops is None else self.loops
 
 
 class Draft(NamedTuple):

@@ -136,7 +136,8 @@ class OpenMythos(nn.Module):
 
     def few_rows(self) -> FewRows:
         """What stands in for the model's parts in passes over few positions."""
-        return FewRows(self, whole=type(self) is OpenMythos)
+        own = all(getattr(OpenMythos, name) is method for name, method in _PASS.items())
+        return FewRows(self, whole=type(self) is OpenMythos and own)
 
     def _run(
         self, blocks: nn.ModuleList, stage: Stage, x: Tensor, context: ForwardContext, wanted: Rows | None = None
@@ -281,6 +282,10 @@ class OpenMythos(nn.Module):
             model = cls(config)
         folder.load_weights(model, directory)
         return model.eval()
+
+
+_PASS = {name: getattr(OpenMythos, name) for name in ("encode", "decode", "features", "logits", "head_weight", "_run")}
+"""What may be computed by something else, unless somebody has put another in its place."""
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

@@ -16,6 +16,7 @@ from threading import Lock
 from typing import Any, TypeVar
 
 import llvmlite.binding
+import numpy as np
 import torch
 from llvmlite import ir
 from numba import config, get_num_threads, njit, set_num_threads, threading_layer, types  # type: ignore[attr-defined]
@@ -43,6 +44,11 @@ _COMPILED = ("arithmetic", "few_rows", "many_rows")
 
 # Multiplications that take about as long as starting threads does.
 _WORTH_A_THREAD = 2**15
+
+# glibc gives memory back to the system as soon as more is free than twice the largest piece that it ever mapped and
+# freed, up to 32 MB; what a pass needs for a moment then comes back page by page, in every pass. Whoever would rather
+# have the memory sets MALLOC_TRIM_THRESHOLD_.
+_FREED_ONCE = 31 * 2**20
 
 
 def compiled(function: _Function, *, threads: bool = False, by_name: bool = False) -> _Function:
@@ -182,6 +188,7 @@ class Threads:
 @cache
 def _start() -> tuple[int, int, AbstractContextManager[object]]:
     """Start Numba's threads: of which process they are, how many, and what to hold while they run."""
+    np.empty(_FREED_ONCE, np.uint8)  # and at once it is freed: that is all that it is for
     before = torch.get_num_threads()
     set_num_threads(1)
     torch.set_num_threads(before)  # Numba's threads may be those of PyTorch, and then it has changed their number

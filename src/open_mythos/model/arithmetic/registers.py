@@ -12,7 +12,7 @@ import llvmlite.binding
 from llvmlite import ir
 from numba.core import cgutils
 
-FLOAT, _INT32, _BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(8)
+_FLOAT, _INT32, _BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(8)
 _FLAGS = ("reassoc", "contract", "nsz", "arcp")
 _CACHE_LINE = 16
 """Numbers in a line of the caches."""
@@ -30,7 +30,7 @@ def _registers() -> tuple[int, int]:
 
 
 WIDE, REGISTERS = _registers()
-REGISTER, _MASK = ir.VectorType(FLOAT, WIDE), ir.VectorType(ir.IntType(1), WIDE)
+REGISTER, _MASK = ir.VectorType(_FLOAT, WIDE), ir.VectorType(ir.IntType(1), WIDE)
 """A register of numbers."""
 
 
@@ -55,9 +55,9 @@ def up_to(builder: Any, first: Any, n: int, last: Any) -> list[Any]:
     return [builder.select(builder.icmp_signed("<", number, last), number, last) for number in numbers]
 
 
-def zeros(builder: Any, n: int, vectors: Any = REGISTER) -> list[Any]:
+def zeros(builder: Any, n: int) -> list[Any]:
     """Sums that have just begun."""
-    none = ir.Constant(vectors, [0.0] * vectors.count)
+    none = ir.Constant(REGISTER, [0.0] * WIDE)
     return [cgutils.alloca_once_value(builder, none) for _ in range(n)]
 
 
@@ -67,9 +67,9 @@ def mask_of(builder: Any, n: Any) -> Any:
     return builder.icmp_signed("<", ir.Constant(whole, list(range(WIDE))), repeated(builder, n, whole))
 
 
-def read(builder: Any, pointer: Any, mask: Any = None, vectors: Any = REGISTER) -> Any:
+def read(builder: Any, pointer: Any, mask: Any = None) -> Any:
     """A vector, zeros where it is masked."""
-    pointer = builder.bitcast(pointer, vectors.as_pointer())
+    pointer = builder.bitcast(pointer, REGISTER.as_pointer())
     if mask is None:
         return builder.load(pointer, align=4)
     kind = ir.FunctionType(REGISTER, [REGISTER.as_pointer(), _INT32, _MASK, REGISTER])

@@ -2,7 +2,7 @@
 
 Main entries: `sums_1`, `sums_2` and `sums_most` for some rows of x by a matrix (width, dim); `tile_along` by the
 columns of a matrix. All arrays are float32 and contiguous. Where a matrix comes from memory, what counts is how it is
-read: `sums_` in four long streams, `tile_along` with what is next fetched ahead (docs/experiments.md).
+read: `sums_` in four long streams; both fetch ahead what comes next (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -48,23 +48,28 @@ def _sums(rows: int) -> Callable[..., None]:
     """Products along what is contiguous, each in a register of partial sums."""
 
     @intrinsic
-    def sums(_context: Any, x: Any, row: Any, weight: Any, channel: Any, apart: Any, out: Any, place: Any) -> Any:
+    def sums(
+        _context: Any, x: Any, row: Any, weight: Any, channel: Any, apart: Any, ahead: Any, out: Any, place: Any
+    ) -> Any:
         """Rows of x (n, dim) from `row` on, by four rows of a matrix (width, dim): `channel` and others so far `apart`.
 
-        To the same rows of `out` (n, 4, ...), at that place. Of rows behind the last, the last is computed again.
+        To the same rows of `out` (n, 4, ...), at that place. Of rows behind the last, the last is computed again. The
+        matrix's row `ahead` is fetched.
         """
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            source, matrix, target = (array_of(context, builder, signature, args, k) for k in (0, 2, 5))
+            source, matrix, target = (array_of(context, builder, signature, args, k) for k in (0, 2, 6))
             n, dim = cgutils.unpack_tuple(builder, source.shape)
             places = cgutils.unpack_tuple(builder, target.shape)[-1]
             chosen = up_to(builder, args[1], rows, builder.sub(n, n.type(1)))
             own = [row_of(builder, source, row, 0, dim) for row in chosen]
             channels = [builder.add(args[3], builder.mul(args[4], args[4].type(k))) for k in range(CHANNELS)]
             others = [row_of(builder, matrix, channel, 0, dim) for channel in channels]
+            next_row = row_of(builder, matrix, args[5], 0, dim)
             totals = zeros(builder, rows * CHANNELS)
 
             def add(place: Any, mask: Any) -> None:
+                fetch(builder, next_row, place, 1)
                 factors = [read(builder, builder.gep(other, [place]), mask) for other in others]
                 for k, row in enumerate(own):
                     numbers = [read(builder, builder.gep(row, [place]), mask)] * CHANNELS
@@ -77,10 +82,10 @@ def _sums(rows: int) -> Callable[..., None]:
                 for c in range(CHANNELS):
                     vector, lane = divmod(k * CHANNELS + c, WIDE)
                     number = builder.extract_element(found[vector], ir.IntType(32)(lane))
-                    builder.store(number, builder.gep(row_of(builder, target, first, c, places), [args[6]]))
+                    builder.store(number, builder.gep(row_of(builder, target, first, c, places), [args[7]]))
             return context.get_dummy_value()
 
-        return types.void(x, row, weight, channel, apart, out, place), generate
+        return types.void(x, row, weight, channel, apart, ahead, out, place), generate
 
     return sums  # type: ignore[no-any-return]
 

@@ -90,7 +90,7 @@ class FewRows:
         )
 
     def token(self) -> FewRowsToken | None:
-        """A pass over one position of the model; None if not all of it is known."""
+        """A pass over one position of the model; None if not all of it is known, or if it halts when settled."""
         if self.ends is None or self.ends.config.halting == "settled":
             return None
         from open_mythos.model.few_rows.token import FewRowsToken
