@@ -62,6 +62,7 @@ def main() -> None:
     half = model.config.max_seq_len // 2
     for one in contestants(model):  # to warm up
         one.generate(texts[0][:half], half, options.loops)
+    model.generate(torch.tensor([texts[0][:half]]), half, options.loops, 0.0)
     racing, alone = contestants(model), 0.0
     for text in texts:
         tokens = [one.generate(text[:half], half, options.loops) for one in racing]

@@ -409,10 +409,10 @@ class Engine:
             self._next_token(turn.request, choice, exit_loops, stays)
             for turn, choice, exit_loops in zip(final, choices, exits, strict=True)
         ]
-        for line, (request, _) in enumerate(guessing, len(final)):
+        for row, (request, _) in enumerate(guessing, len(final)):
             if request.index in self._begun and not request.n_pending:
                 draft = draw_draft(
-                    logits[line], Asked(request.params, request.tokens, request.random, len(request.tokens))
+                    logits[row], Asked(request.params, request.tokens, request.random, len(request.tokens))
                 )
                 request.drafts.append(draft)
                 request.tokens.append(draft.token)

@@ -1,6 +1,6 @@
 """What the engine computes: encoding, one loop, and the readout, for the positions of several requests at once.
 
-Main entry: `Runner`. It calls the model's own three stages, head and halting, and nothing else.
+Main entry: `Runner`. It calls the model's own three stages, head and halting, or what stands in for them.
 """
 
 from __future__ import annotations

@@ -15,13 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Speculation:
-    """After `loops` loops, or later where others go first, a position's state is read for a guess.
+    """After some loops, or later where others go first, a position's state is read for a guess.
 
     From that the next position starts.
     """
 
     loops: int | None = None
-    """None is a quarter of the request's loops, at least one."""
+    """How many; None is a quarter of the request's `n_loops`, rounded down, at least one."""
     most: int = 8
     """Unverified guesses at a time."""
 

@@ -52,8 +52,9 @@ def _multiply_few(x: Array, weight: Array, scale: np.float32, first: int, end: i
     """Four rows of the matrix at a time, a quarter of the matrix apart: memory then is read in four long streams.
 
     That is what processors fetch ahead by themselves: 1.5 to 2.5 times as fast as four rows side by side, from memory.
-    Not so where there are many rows of x, and the streams stand still meanwhile: each four of these fetch a row of
-    another stream. Sums wait until there are some for neighbouring channels: a number here and there misses the caches.
+    Not so where there are many rows of x, and the streams stand still meanwhile: each `ROWS` of these fetch a row of
+    another stream, the first four the next ones, then those behind. Sums wait until there are some for neighbouring
+    channels: a number here and there misses the caches.
     """
     n, apart = len(x), (end - first) // CHANNELS
     sums = np.empty((n, CHANNELS, _TOGETHER), np.float32)
