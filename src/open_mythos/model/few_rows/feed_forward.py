@@ -104,7 +104,7 @@ def _add_down(hidden: Array, down: Array, ends: Rows, owners: Rows, stream: Arra
     (rows, depth), width = hidden.shape, stream.shape[1]
     parts = n_parts(hidden.size * width, threads)
     few = _FEW if width >= parts * (COLUMNS + CHANNELS) else rows
-    sums = np.zeros((parts, _rows_of_few(ends, few), width), np.float32)
+    sums = np.empty((parts, _rows_of_few(ends, few), width), np.float32)
     for part in prange(parts):
         first, end = share(width, part, parts), share(width, part + 1, parts)
         low, high = share(depth, part, parts), share(depth, part + 1, parts)
@@ -114,7 +114,7 @@ def _add_down(hidden: Array, down: Array, ends: Rows, owners: Rows, stream: Arra
             if n > few:
                 _add_expert(hidden, down[e], owners, start, ends[e], first, end, stream)
             else:
-                _add_along(hidden[start : ends[e]], down[e], low, high, sums[part, done : done + n])
+                _along(hidden[start : ends[e]], down[e], low, high, sums[part, done : done + n])
                 done += n
             start = ends[e]
     start, done = 0, 0
@@ -159,13 +159,17 @@ def _add_expert(
 
 
 @compiled
-def _add_along(hidden: Array, down: Array, low: int, high: int, out: Array) -> None:
-    """Add to `out` (n, dim) what is hidden from `low` to `high`, by as many rows of `down`.
+def _along(hidden: Array, down: Array, low: int, high: int, out: Array) -> None:
+    """Write to `out` (n, dim) what is hidden from `low` to `high`, by as many rows of `down`.
 
     Four of these at a time, a quarter apart, as in `multiply`.
     """
     n, width = out.shape
     apart = (high - low) // 4
+    for r in range(n):
+        own = out[r]
+        for j in range(width):
+            own[j] = np.float32(0)
     for k in range(low, low + apart):
         w0, w1, w2, w3 = down[k], down[k + apart], down[k + 2 * apart], down[k + 3 * apart]
         for r in range(n):
