@@ -1,7 +1,7 @@
 """Configs and models small enough for a test of milliseconds, with weights far from their initial values.
 
-Main entries: `tiny_config`, `tiny_model`, `random_ids`. Initial weights would hide mistakes: gains are 1 there,
-sinks and router biases 0, adapters silent, and every position halts at the same loop.
+Main entries: `tiny_config`, `tiny_model`, `Doubled`, `random_ids`. Initial weights would hide mistakes: gains are 1
+there, sinks and router biases 0, adapters silent, and every position halts at the same loop.
 """
 
 from __future__ import annotations
@@ -55,6 +55,13 @@ def tiny_model(config: MythosConfig, seed: int = 0) -> OpenMythos:
             model.recurrent.act.halt.weight.copy_(torch.randn(1, config.dim) * 3 * config.dim**-0.5)
             model.recurrent.act.halt.bias.fill_(-0.5)
     return model
+
+
+class Doubled(OpenMythos):
+    """A model that changes what its parts compute."""
+
+    def encode(self, ids: Tensor, context: Any = None) -> Tensor:
+        return 2 * super().encode(ids, context)
 
 
 def random_ids(config: MythosConfig, batch: int, seq: int, seed: int = 1) -> Tensor:

@@ -7,26 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from open_mythos.inference.engine import Engine
 from open_mythos.inference.sampling import SamplingParams
 from open_mythos.model.few_rows.ends import FewRowsEnds
 from open_mythos.model.mythos import OpenMythos
-from tiny import tiny_config, tiny_model
+from tiny import Doubled, tiny_config, tiny_model
 
 _ENCODE, _FEATURES, _LOGITS = OpenMythos.encode, OpenMythos.features, OpenMythos.logits
 
 
-class _Doubled(OpenMythos):
-    """A model that changes what its parts compute."""
-
-    def encode(self, ids: Tensor, context: Any = None) -> Tensor:
-        return 2 * super().encode(ids, context)
-
-
 def _become_doubled(model: OpenMythos, patch: pytest.MonkeyPatch) -> None:
-    model.__class__ = _Doubled
+    model.__class__ = Doubled
 
 
 def _double_its_encode(model: OpenMythos, patch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from open_mythos.model.few_rows.token import FewRowsToken
 from open_mythos.model.mythos import OpenMythos
 from open_mythos.model.rows import Rows
 from open_mythos.model.sequence_store import SequenceStore
-from tiny import random_ids, tiny_config, tiny_model
+from tiny import Doubled, random_ids, tiny_config, tiny_model
 
 SEQ = 14
 VARIANTS: list[dict[str, Any]] = [
@@ -405,16 +405,9 @@ def test_hooks_of_all_modules_see_all_of_them(monkeypatch: pytest.MonkeyPatch) -
     assert {model.embed, model.prelude[0].attn.qkv, model.recurrent.block.ffn, model.norm} <= seen
 
 
-class _Doubled(OpenMythos):
-    """A model that changes what its parts compute."""
-
-    def encode(self, ids: Tensor, context: Any = None) -> Tensor:
-        return 2 * super().encode(ids, context)
-
-
 def test_models_with_methods_of_their_own_keep_them() -> None:
     torch.manual_seed(0)
-    model = _Doubled(tiny_config(halting="none")).eval()
+    model = Doubled(tiny_config(halting="none")).eval()
     new = model.generate(random_ids(model.config, 1, 4), 8, n_loops=3, temperature=0)
     assert torch.equal(model(new, 3)[:, 3:-1].argmax(-1), new[:, 4:])
 

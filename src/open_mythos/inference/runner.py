@@ -184,11 +184,14 @@ class Runner:
     def _outputs(self, index: Tensor | None) -> Tensor:
         """What the coda reads of these lines, were this their last loop; the caller's own."""
         flight = self.flight
-        if self.model.recurrent.act is None or not flight.active.any():
-            states = flight.h if self.model.recurrent.act is None else flight.output
-            return states.clone() if index is None else states[index]
-        rest = (1 - flight.mass) * self._there(flight.active)
-        return _of(torch.addcmul(flight.output, rest.unsqueeze(-1), flight.h), index)
+        if self.model.recurrent.act is None:
+            states = flight.h
+        elif flight.active.any():
+            rest = (1 - flight.mass) * self._there(flight.active)
+            states = torch.addcmul(flight.output, rest.unsqueeze(-1), flight.h)
+        else:
+            states = flight.output
+        return states.clone() if index is None else states[index]
 
     def _settle(
         self, company: _Company, context: ForwardContext, t: Tensor, before: Tensor, after: Tensor

@@ -61,16 +61,15 @@ def _multiply_few(x: Array, weight: Array, scale: np.float32, first: int, end: i
     for base in range(first, first + apart, _TOGETHER):
         channels = min(_TOGETHER, first + apart - base)
         for o in range(channels):
-            i = 0
-            while i + 2 < n:  # three rows take longer as two and one than as four
+            for i in range(0, n, ROWS):
                 tile = i // ROWS
                 ahead = base + o + 1 + tile // CHANNELS + tile % CHANNELS * apart
-                sums_most(x, i, weight, base + o, apart, ahead, sums, o)
-                i += ROWS
-            if i + 2 == n:
-                sums_2(x, i, weight, base + o, apart, base + o + 1, sums, o)
-            elif i + 1 == n:
-                sums_1(x, i, weight, base + o, apart, base + o + 1, sums, o)
+                if i + 2 < n:  # three rows take longer as two and one than as four
+                    sums_most(x, i, weight, base + o, apart, ahead, sums, o)
+                elif i + 2 == n:
+                    sums_2(x, i, weight, base + o, apart, ahead, sums, o)
+                else:
+                    sums_1(x, i, weight, base + o, apart, ahead, sums, o)
         for i in range(n):
             for c in range(CHANNELS):
                 _put(sums[i, c, :channels], scale, out[i, base + c * apart : base + c * apart + channels], add)
