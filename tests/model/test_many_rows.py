@@ -18,8 +18,7 @@ from open_mythos.model.arithmetic import exponential
 from open_mythos.model.arithmetic.compiled import Threads
 from open_mythos.model.attention import GQAttention
 from open_mythos.model.cache import CacheAddress
-from open_mythos.model.many_rows import function, products
-from open_mythos.model.many_rows.stand_ins import ManyRows
+from open_mythos.model.many_rows import function, plan, products, stand_ins
 from open_mythos.training.depth import LoopPlan
 from open_mythos.training.objective import Objective
 from tiny import random_ids, tiny_config, tiny_model
@@ -44,18 +43,18 @@ VARIANTS: list[dict[str, Any]] = [
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """One entry for every layer that compiled code has computed."""
     made: list[object] = []
-    run = function.WholeLayer.__call__
+    run = function.WholeStage.run
 
-    def spied(self: function.WholeLayer, *args: Any) -> Tensor:
+    def spied(self: function.WholeStage, *args: Any) -> Tensor:
         made.append(self)
         return run(self, *args)
 
-    monkeypatch.setattr(function.WholeLayer, "__call__", spied)
+    monkeypatch.setattr(function.WholeStage, "run", spied)
     return made
 
 
 def by_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ManyRows, "layer", lambda *_: None)
+    monkeypatch.setattr(stand_ins, "_serves", lambda *_: False)
 
 
 def run(model: OpenMythos, ids: Tensor, n_loops: int | Tensor) -> dict[str, Tensor]:
@@ -112,11 +111,11 @@ def test_an_objective_with_loops_that_begin_later(
 ) -> None:
     model = tiny_model(tiny_config(attn_type)).train()
     ids = random_ids(model.config, 3, 12)
-    plan = LoopPlan(torch.tensor([4, 2, 3]), 2)
+    depths = LoopPlan(torch.tensor([4, 2, 3]), 2)
 
     def gradients() -> dict[str, Tensor]:
         model.zero_grad()
-        sums = Objective(model, **how)(ids, ids, plan)
+        sums = Objective(model, **how)(ids, ids, depths)
         (sums.loss + sums.ponder + sums.movement).backward()
         return {
             "loss": sums.loss.detach(),
@@ -167,11 +166,11 @@ def test_passes_may_be_interleaved_and_gone_back_twice() -> None:
 
 def test_what_a_pass_keeps_is_used_again() -> None:
     model = tiny_model(tiny_config("gqa"))
-    ids, block = random_ids(model.config, 2, 9), model.recurrent.block
+    ids = random_ids(model.config, 2, 9)
     for _ in range(3):
         model(ids, 4).sum().backward()
         gc.collect()
-    free = function._plans[block][1]._free
+    free = plan._plans[model.recurrent][1]._free
     assert len(free) == 4  # one for each loop, of the first pass
     for seq in (3, 12, 5):
         model(random_ids(model.config, 2, seq), 4)
@@ -253,13 +252,13 @@ def test_without_gradients_nothing_is_kept() -> None:
     model = tiny_model(tiny_config("mla", halting="none"))
     ids = random_ids(model.config, 2, 9)
     expected = model(ids, 3).detach()
-    plan = function._plans[model.recurrent.block][1]
+    free = plan._plans[model.recurrent][1]._free
     gc.collect()
-    plan._free.clear()
+    free.clear()
     with torch.no_grad():
         assert torch.equal(model(ids, 3), expected)
     gc.collect()
-    assert not plan._free
+    assert not free
 
 
 def test_other_defaults_change_nothing() -> None:

@@ -60,7 +60,7 @@ def test_a_step_is_the_one_that_plain_pytorch_takes() -> None:
 
 
 def test_the_loss_falls() -> None:
-    optim = OptimConfig(learning_rate=3e-3)
+    optim = OptimConfig(learning_rate=1e-3)
     _, told = trained(steps=150, depth=Fixed(loops=3), optim=optim, source=small_source(32))
     assert sum(told.losses[-10:]) < 0.93 * sum(told.losses[:10])
 

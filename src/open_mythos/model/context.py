@@ -23,12 +23,25 @@ from open_mythos.model.sequence_store import SequenceStore
 T = TypeVar("T")
 
 
-class Injected(NamedTuple):
+class Injected:
     """What the injection computes once per pass: the diagonal of A and `B*e`, for this encoded input e."""
 
-    e: Tensor
-    a: Tensor
-    be: Tensor
+    def __init__(self, e: Tensor, a: Tensor, b: Tensor) -> None:
+        self.e, self.a, self._b = e, a, b
+        self._be: Tensor | None = None
+
+    def be(self) -> Tensor:
+        """`B*e`, computed when first asked for."""
+        if self._be is None:
+            self._be = self._b * self.e
+        return self._be
+
+
+class Halting(NamedTuple):
+    """A loop's new state and the probabilities that positions halt with it, (batch, seq), where it gave both."""
+
+    state: Tensor
+    probabilities: Tensor
 
 
 Visible = Callable[[tuple[Tensor, ...], Entries, AttentionMask], Tensor]
@@ -46,6 +59,14 @@ class WholeLayers(Protocol):
 
     def layer(self, block: Any, x: Tensor, context: ForwardContext) -> StandIn | None:
         """What computes the block's output for x, its entries and its experts' load; None if the block has to."""
+        ...
+
+    def stage(self, blocks: Any, norm: Any, x: Tensor, context: ForwardContext) -> StandIn | None:
+        """What computes several blocks and a norm after them, for x; None if they have to."""
+        ...
+
+    def loop(self, recurrent: Any, h: Tensor, e: Tensor, context: ForwardContext) -> StandIn | None:
+        """What computes a loop from h and e, all of the above, and who halts; None if the recurrent block has to."""
         ...
 
 
@@ -75,6 +96,7 @@ class ForwardContext:
         self.whole_layers: WholeLayers | None = None
         """In a pass over whole sequences: what finds a stand-in for a layer."""
         self.injected: Injected | None = None
+        self.halting: Halting | None = None
         self.config = config
         self.constants = {} if constants is None else constants
         self._masks: dict[int | None, AttentionMask] = {}
@@ -132,6 +154,14 @@ class ForwardContext:
     def whole_layer(self, block: nn.Module, x: Tensor) -> StandIn | None:
         """What computes a block's output for x in its place; None if the block has to."""
         return None if self.whole_layers is None else self.whole_layers.layer(block, x, self)
+
+    def whole_stage(self, blocks: nn.ModuleList, norm: nn.Module, x: Tensor) -> StandIn | None:
+        """What computes blocks and a norm after them for x in their place; None if they have to."""
+        return None if self.whole_layers is None else self.whole_layers.stage(blocks, norm, x, self)
+
+    def whole_loop(self, recurrent: nn.Module, h: Tensor, e: Tensor) -> StandIn | None:
+        """What computes a loop from h and e in the recurrent block's place; None if that has to."""
+        return None if self.whole_layers is None else self.whole_layers.loop(recurrent, h, e, self)
 
     def constant(self, key: Hashable, compute: Callable[[], T]) -> T:
         """What follows from config and weights alone; where no gradients are taken, computed once."""

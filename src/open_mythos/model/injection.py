@@ -48,10 +48,10 @@ class LTIInjection(nn.Module):
         if context is None:
             return torch.addcmul(self.B * e, self.get_A(), h)
         injected = self.prepare(e, context)
-        return torch.addcmul(injected.be, injected.a, h)
+        return torch.addcmul(injected.be(), injected.a, h)
 
     def prepare(self, e: Tensor, context: ForwardContext) -> Injected:
-        """A and `B*e`, computed now unless the context has them."""
+        """A, computed now unless the context has it, and `B*e` for when it is asked for."""
         if context.injected is None or context.injected.e is not e:
-            context.injected = Injected(e, context.constant(self, self.get_A), self.B * e)
+            context.injected = Injected(e, context.constant(self, self.get_A), self.B)
         return context.injected

@@ -76,8 +76,7 @@ class OpenMythos(nn.Module):
     def encode(self, ids: Tensor, context: ForwardContext | None = None) -> Tensor:
         """The encoded input e (batch, seq, dim) of token ids (batch, seq): embedding, prelude, norm."""
         context = context or self.context(ids.shape[1])
-        x = self._run(self.prelude, "prelude", self.embed(ids) * self.config.dim**0.5, context)
-        return context.layer(self.prelude_norm)(x)
+        return self._run(self.prelude, self.prelude_norm, "prelude", self.embed(ids) * self.config.dim**0.5, context)
 
     def loop_step(
         self, h: Tensor, e: Tensor, t: int, context: ForwardContext | None = None, active: Tensor | None = None
@@ -111,8 +110,7 @@ class OpenMythos(nn.Module):
         context = context or self.context(h.shape[1])
         if last is not None:
             wanted = np.arange(h.shape[0] * h.shape[1]).reshape(h.shape[:2])[:, -last:].flatten()
-        x = self._run(self.coda, "coda", h, context, wanted)
-        return context.layer(self.norm)(x if last is None else x[:, -last:])
+        return self._run(self.coda, self.norm, "coda", h, context, wanted, last)
 
     def logits(self, features: Tensor, context: ForwardContext) -> Tensor:
         """Logits (..., vocab_size) of features (..., dim): the head."""
@@ -140,13 +138,25 @@ class OpenMythos(nn.Module):
         return FewRows(self, whole=type(self) is OpenMythos and own)
 
     def _run(
-        self, blocks: nn.ModuleList, stage: Stage, x: Tensor, context: ForwardContext, wanted: Rows | None = None
+        self,
+        blocks: nn.ModuleList,
+        norm: RMSNorm,
+        stage: Stage,
+        x: Tensor,
+        context: ForwardContext,
+        wanted: Rows | None = None,
+        last: int | None = None,
     ) -> Tensor:
+        """A stage's blocks and then its norm, of the `last` positions if only these count."""
+        whole = context.whole_stage(blocks, norm, x) if last is None else None
+        if whole is not None:
+            return whole(x, context, CacheAddress(stage, 0))
         if blocks in context.stand_ins:
-            return context.stand_ins[blocks](x, context, CacheAddress(stage, 0), wanted)
-        for layer, block in enumerate(blocks):
-            x = block(x, context, CacheAddress(stage, layer))
-        return x
+            x = context.stand_ins[blocks](x, context, CacheAddress(stage, 0), wanted)
+        else:
+            for layer, block in enumerate(blocks):
+                x = block(x, context, CacheAddress(stage, layer))
+        return context.layer(norm)(x if last is None else x[:, -last:])
 
     def forward(
         self,

@@ -106,6 +106,9 @@ class RecurrentBlock(nn.Module):
         index = t if own_index is None else own_index
         if active is None and self in context.stand_ins:
             return context.stand_ins[self](h, e, t, context, index)
+        whole = None if isinstance(index, Tensor) else context.whole_loop(self, h, e)
+        if whole is not None:
+            return whole(h, e, t, context, active, index)
         u = self.injection(h, e, context)
         if self.loop_embedding is not None:
             u = u + self.loop_embedding(index)
@@ -152,7 +155,7 @@ class RecurrentBlock(nn.Module):
                     h = self._recomputed(loop, h, e, context, halted=active is not None)
                 else:
                     h = loop(h, e)
-                p = None if self.act is None else context.layer(self.act)(h)
+                p = self._halting_probabilities(h, context)
                 halting.update(h, p, t)
             if keep_probabilities and p is not None:
                 probabilities.append(p)
@@ -161,6 +164,12 @@ class RecurrentBlock(nn.Module):
         kept = torch.stack(probabilities) if probabilities else None
         movement = self._movement(h, e, budget, context, recompute=recompute and learning) if measure_movement else None
         return LoopResult(halting.output, halting.exit_loops, halting.ponder_cost, kept, movement)
+
+    def _halting_probabilities(self, h: Tensor, context: ForwardContext) -> Tensor | None:
+        if self.act is None:
+            return None
+        known = context.halting
+        return known.probabilities if known is not None and known.state is h else context.layer(self.act)(h)
 
     def _movement(
         self, h: Tensor, e: Tensor, budget: LoopBudget, context: ForwardContext, *, recompute: bool
@@ -181,7 +190,7 @@ class RecurrentBlock(nn.Module):
         self, loop: Callable[[Tensor, Tensor], Tensor], h: Tensor, e: Tensor, context: ForwardContext, *, halted: bool
     ) -> Tensor:
         """`loop(h, e)`, keeping for the way back only what goes in; `halted` if it looks at the loop before it."""
-        self.injection.prepare(e, context)  # here: what it keeps for all loops must not belong to the graph of one
+        self.injection.prepare(e, context).be()  # here: what is kept for all loops must not belong to the graph of one
         store = context.store
         assert isinstance(store, PassStore), "nobody learns through a cache"
         before = store.state() if halted else {}

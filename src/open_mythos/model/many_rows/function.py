@@ -1,370 +1,316 @@
-"""A layer's pass over whole sequences, as something that PyTorch can differentiate.
+"""A pass of layers and of what stands around them over whole sequences, as something that PyTorch can differentiate.
 
-Main entry: `WholeLayer`.
+Main entries: `WholeStage`, `WholeLoop`.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, finalize
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from open_mythos.model.arithmetic.compiled import Threads
 from open_mythos.model.block import Block
 from open_mythos.model.cache import CacheAddress
-from open_mythos.model.context import ForwardContext
-from open_mythos.model.few_rows.layers import LAYER, Known, known_of
-from open_mythos.model.latent_attention import MLAttention
-from open_mythos.model.many_rows import layer as kernels
-from open_mythos.model.many_rows.views import KEPT, PASS, SCRATCH
-from open_mythos.model.rows import Array, as_dimensions
+from open_mythos.model.context import ForwardContext, Halting
+from open_mythos.model.few_rows.layers import known_of
+from open_mythos.model.many_rows import stage as kernels
+from open_mythos.model.many_rows.plan import AROUND, Around, Layout, Scratch, StagePlan, plan_of, weights_of
+from open_mythos.model.norm import RMSNorm
+from open_mythos.model.recurrent import RecurrentBlock
+from open_mythos.model.rows import Array
 
-_GAINS = ("attn_gain", "ffn_gain", "qk_gain", "q_gain", "kv_gain")
-"""In the order in which a line of the compiled code's `gains` has them."""
-
-_ALIGNED = 16
-"""Numbers in a line of the caches: where arrays begin."""
-
-_MOST_HELD = 2**24
-"""Numbers in a piece of memory that is held for the next pass; more is given back."""
-
-_FIELDS = {name: k for k, name in enumerate(PASS.names or ())}
-_FIRST_WEIGHT = {name: LAYER.fields[name][1] // 8 for name in LAYER.names if LAYER.fields[name][0].shape}  # type: ignore[index, union-attr]
-
-
-class _Places(NamedTuple):
-    """Arrays that lie in one piece of memory."""
-
-    offsets: npt.NDArray[np.int64]
-    """In bytes."""
-    size: int
-    """In numbers."""
-
-
-class LayerPlan:
-    """What a pass needs to know of a block beside where things are: sizes, and how memory is laid out."""
-
-    def __init__(self, block: Block, known: Known) -> None:
-        attn, self.window = block.attn, block.attn.window
-        dim = block.attn_norm.weight.shape[0]
-        n_heads, rank, q_rank, latent, rebuilt = attn.n_heads, 0, 0, 0, 0
-        self.entries: dict[str, tuple[int, ...]]
-        """Sizes of what a position leaves for others, by the names of the cache."""
-        if isinstance(attn, MLAttention):
-            n_kv, key_width, value_width = n_heads, attn.nope_dim + attn.rope_dim, attn.v_dim
-            rank, q_rank = attn.kv_norm.weight.shape[0], attn.q_norm.weight.shape[0]
-            raw, rebuilt, latent = attn.down.weight.shape[0], n_kv, rank + attn.rope_dim
-            self.entries = {"latent": (latent,)}
-        else:
-            n_kv, key_width, value_width = attn.n_kv_heads, attn.head_dim, attn.head_dim
-            raw = attn.qkv.weight.shape[0]
-            self.entries = {"k": (n_kv, key_width), "v": (n_kv, key_width)}
-        shared = known["gate"].shape[0] if "gate" in known else 0
-        n_experts, expert_width, _ = known["expert_gate"].shape if "expert_gate" in known else (0, 0, 0)
-        top_k = known.get("top_k", 0)
-        self.n_experts, self.top_k = int(n_experts), int(top_k)
-        slots = top_k * expert_width
-        kept = {
-            "attn_scales": 1,
-            "raw": raw,
-            "q": n_heads * key_width,
-            "rebuilt_keys": rebuilt * key_width,
-            "rebuilt_values": rebuilt * value_width,
-            "mixed": n_heads * value_width,
-            "lse": n_heads,
-            "middle": dim,
-            "ffn_scales": 1,
-            "gates": shared,
-            "ups": shared,
-            "logits": n_experts,
-            "factors": top_k,
-            "expert_gates": slots,
-            "expert_ups": slots,
-        }
-        scratch = {
-            "normed": dim,
-            "dnormed": dim,
-            "draw": raw,
-            "dq": n_heads * key_width,
-            "dkeys": n_kv * key_width,
-            "dvalues": n_kv * value_width,
-            "dmixed": n_heads * value_width,
-            "low": q_rank,
-            "dlow": q_rank,
-            "latents": rank,
-            "dlatents": rank,
-            "dkv": rebuilt * (key_width + value_width),
-            "dlatent": latent,
-            "scaled_dmiddle": dim,
-            "dmiddle": dim,
-            "ffn_normed": dim,
-            "scaled_dy": dim,
-            "hidden": shared,
-            "dgates": shared,
-            "dups": shared,
-            "dlogits": n_experts,
-            "dhidden": shared,
-            "rows": top_k * dim,
-            "drows": top_k * dim,
-            "row_grads": top_k * dim,
-            "expert_hidden": slots,
-            "dexpert_hidden": slots,
-            "dexpert_gates": slots,
-            "dexpert_ups": slots,
-        }
-        self._per_row = {
-            KEPT: np.array([kept[name] for name in KEPT]),
-            SCRATCH: np.array([scratch[name] for name in SCRATCH]),
-        }
-        self._places: dict[tuple[tuple[str, ...], int], _Places] = {}
-        self._free: list[Array] = []
-        names = self.names = tuple(weights_of(block, known))
-        """Of the weights, in the order in which passes are given them."""
-        self.gains = {name: known[name].numel() for name in _GAINS if name in names}
-        self.sizes = {"n_heads": n_heads, "n_kv": n_kv, "key_width": key_width, "value_width": value_width}
-        self.sizes["n_gains"] = sum(self.gains.values())
-        layer, weights = np.zeros(1, LAYER), np.zeros(1, LAYER)
-        for name, value in known.items():
-            if isinstance(value, Tensor):
-                layer[name][0, 1:] = as_dimensions(value)
-            else:
-                layer[name] = value
-            if name in names:
-                weights[name][0, 1:] = as_dimensions(value)
-        # As words: NumPy copies what has fields field by field.
-        self._layer, self._weights = layer.view(np.int64), weights.view(np.int64)
-
-    def described(self, tensors: Mapping[str, Tensor], *, gradients: bool = False) -> npt.NDArray[Any]:
-        """The layer as compiled code knows it, its weights these; or their gradients, with 0 for what has none."""
-        words = (self._weights if gradients else self._layer).copy()
-        for name, tensor in tensors.items():
-            words[_FIRST_WEIGHT[name]] = tensor.data_ptr()
-        return words.view(LAYER)
-
-    def places(self, names: tuple[str, ...], n: int) -> _Places:
-        """Where each of `names` begins in an array that has all of them, for so many rows."""
-        key = names, n
-        if key not in self._places:
-            ends = np.cumsum(-(-self._per_row[names] * n // _ALIGNED) * _ALIGNED)
-            self._places[key] = _Places(4 * np.concatenate([[0], ends[:-1]]), int(ends[-1]))
-        return self._places[key]
-
-    def room(self, n: int) -> Tensor:
-        """For all that a pass over so many rows keeps. Memory is used again once nobody has the tensor any more.
-
-        To get it from the system for every pass took a fifth of a small model's step: it comes page by page. What is
-        too small is given back, so that there are never more pieces than were in use at once.
-        """
-        size = self.places(KEPT, n).size
-        if size > _MOST_HELD:
-            return torch.empty(size, dtype=torch.float32, device="cpu")
-        memory = self._free.pop() if self._free else None
-        if memory is None or memory.size < size:
-            memory = np.empty(size, np.float32)
-        lent = memory[:size]
-        finalize(lent, self._free.append, memory).atexit = False
-        return torch.from_numpy(lent)
-
-
-class _Scratch(threading.local):
-    """Memory that a pass needs while it runs; each thread has its own."""
-
-    buffer = torch.empty(0, dtype=torch.float32, device="cpu")
-
-    def room(self, size: int) -> Tensor:
-        """So many numbers, until the next call."""
-        buffer = self.buffer
-        if buffer.numel() < size:
-            buffer = torch.empty(size, dtype=torch.float32, device="cpu")
-            if size <= _MOST_HELD:
-                self.buffer = buffer
-        return buffer
-
-
-_scratch = _Scratch()
-
-
-def weights_of(block: Block, known: Known) -> dict[str, Tensor]:
-    """A block's parameters by the names that compiled code has for them."""
-    found: dict[str, Tensor] = {name: w for name, w in known.items() if isinstance(w, nn.Parameter)}
-    if isinstance(block.attn, MLAttention):
-        found["kv_up"] = block.attn.kv_up.weight
-    return found
-
-
-def _state(block: Block, known: Known) -> list[Any]:
-    """Changes when a plan no longer holds."""
-    return [block.attn.window, *(x.shape if isinstance(x, Tensor) else x for x in known.values())]
-
-
-_plans: WeakKeyDictionary[Block, tuple[list[Any], LayerPlan]] = WeakKeyDictionary()
-
-
-def _plan(block: Block, known: Known) -> LayerPlan:
-    """The block's plan, made anew where the last one's does not hold any more."""
-    state, found = _state(block, known), _plans.get(block)
-    if found is None or found[0] != state:
-        found = _plans[block] = state, LayerPlan(block, known)
-    return found[1]
+_scratch = Scratch()
 
 
 class _Given(NamedTuple):
-    """What a pass of a layer is about, beside its input and its weights."""
+    """What a pass is about, beside the tensors that it can be differentiated by."""
 
-    plan: LayerPlan
-    constants: dict[str, Tensor]
-    """What the layer has beside its weights, by the names of compiled code."""
+    plan: StagePlan
+    constants: list[dict[str, Tensor]]
+    """What layers have beside their weights, by the names of compiled code."""
     rotations: Array
     threads: Threads
+    around: tuple[str, ...]
+    """What there is of what stands around them."""
+    n_before: int
+    """Entries of the loop before, for what is not active."""
     active: Tensor | None
-    before: tuple[Tensor, ...]
-    """Entries of the loop before, for what is not active; or none."""
+
+    @property
+    def n_results(self) -> int:
+        """Two where positions may halt: the result and the probabilities that they do."""
+        return 1 + ("halt" in self.around)
 
 
-class WholeLayer:
-    """Computes what a `Block` does, for all positions of sequences without a past."""
+class _Tensors(NamedTuple):
+    """What a pass can be differentiated by."""
 
-    def __init__(self, block: Block, threads: Threads) -> None:
-        """For one pass: its weights may change between passes only."""
-        known = known_of(block)
-        self._plan, self._threads, self._weights = _plan(block, known), threads, weights_of(block, known)
-        tensors = {name: x for name, x in known.items() if isinstance(x, Tensor)}
-        self._constants = {name: x for name, x in tensors.items() if name not in self._weights}
+    x: Tensor
+    """The state or the stream, (batch, seq, dim)."""
+    before: list[Tensor]
+    """Entries of the loop before, of all layers one after another; or none."""
+    around: dict[str, Tensor]
+    weights: list[dict[str, Tensor]]
+
+    @classmethod
+    def of(cls, given: _Given, flat: Iterable[Tensor]) -> _Tensors:
+        """From all of them in a row, as `flat` gives them; contiguous."""
+        tensors = (tensor.contiguous() for tensor in flat)
+        return cls(
+            next(tensors),
+            list(islice(tensors, given.n_before)),
+            _named(given.around, tensors),
+            [_named(layer.names, tensors) for layer in given.plan.layers],
+        )
+
+    @property
+    def flat(self) -> list[Tensor]:
+        """All of them in a row."""
+        weights = [weight for own in self.weights for weight in own.values()]
+        return [self.x, *self.before, *self.around.values(), *weights]
+
+
+class _Found(NamedTuple):
+    """What a pass gives."""
+
+    results: list[Tensor]
+    """The next state or stream, (batch, seq, dim), and what positions may halt by, (batch, seq)."""
+    loads: list[Tensor]
+    """Of each layer, (parts, experts): slots of active positions."""
+    entries: list[Tensor]
+    """Of all layers one after another."""
+
+
+class WholeStage:
+    """Computes what layers in a row do, for all positions of sequences without a past; and a norm after them."""
+
+    def __init__(
+        self,
+        stage: nn.Module,
+        blocks: Iterable[Block],
+        threads: Threads,
+        norm: RMSNorm | None = None,
+        around: Around | None = None,
+    ) -> None:
+        """For one pass: weights may change between passes only. Plans are kept with `stage`."""
+        blocks = list(blocks)
+        known = [known_of(block) for block in blocks]
+        self._weights = [weights_of(block, own) for block, own in zip(blocks, known, strict=True)]
+        self._constants = [
+            {name: x for name, x in own.items() if isinstance(x, Tensor) and name not in weights}
+            for own, weights in zip(known, self._weights, strict=True)
+        ]
+        self._norm = {} if norm is None else {"norm_gain": norm.weight}
+        if around is None:
+            around = Around() if norm is None else Around(has_norm=True, norm_eps=norm.eps)
+        self._plan, self._threads = plan_of(stage, blocks, known, around), threads
 
     def __call__(
         self, x: Tensor, context: ForwardContext, address: CacheAddress, active: Tensor | None = None
     ) -> Tensor:
         """(batch, seq, dim) to the same shape; `active` (batch, seq) marks positions that have not halted."""
-        plan, store, before = self._plan, context.store, {}
+        return self.run(x, self._norm, context, address, active)[0]
+
+    def run(
+        self,
+        x: Tensor,
+        around: Mapping[str, Tensor],
+        context: ForwardContext,
+        first: CacheAddress,
+        active: Tensor | None,
+    ) -> Sequence[Tensor]:
+        """The result and halting probabilities, if any, given the state or the stream x and what is `around`.
+
+        The first of the layers is at the address `first`.
+        """
+        plan, store = self._plan, context.store
+        addresses = [first._replace(layer=first.layer + k) for k in range(len(plan.layers))]
+        old: list[Tensor] = []
         if active is not None:
             assert active.shape == x.shape[:2], "what is read by its address must have its size"
             assert active.dtype == torch.bool, "what is read by its address must have its size"
             active = active.contiguous()
-            before = store.before(address) if address.loop > 0 else {}
-        old = tuple(tensor.contiguous() for tensor in before.values())
+            if first.loop > 0:
+                old = [tensor.contiguous() for address in addresses for tensor in store.before(address).values()]
         assert all(tensor.shape[:2] == x.shape[:2] for tensor in old), "what is read by its address must have its size"
-        given = _Given(plan, self._constants, context.rotations, self._threads, active, old)
+        given = _Given(plan, self._constants, context.rotations, self._threads, tuple(around), len(old), active)
+        tensors = _Tensors(x, old, dict(around), self._weights).flat
         if torch.is_grad_enabled():
-            out, load, *entries = _LayerPass.apply(given, x, *old, *self._weights.values())
+            flat = _StagePass.apply(given, *tensors)
+            n, n_layers = given.n_results, len(addresses)
+            found = _Found(flat[:n], flat[n : n + n_layers], flat[n + n_layers :])
         else:
-            out, load, entries, _ = _forward(given, x.contiguous(), self._weights, keep=False)
-        store.extend(address, dict(zip(plan.entries, entries, strict=True)), None)
-        if context.expert_load is not None and plan.n_experts:
-            context.expert_load[address] = load.sum(0)
-        return out
+            found, _ = _forward(given, _Tensors.of(given, tensors), keep=False)
+        entries = iter(found.entries)
+        for address, layer, load in zip(addresses, plan.layers, found.loads, strict=True):
+            store.extend(address, _named(layer.entries, entries), None)
+            if context.expert_load is not None and layer.n_experts:
+                context.expert_load[address] = load.sum(0)
+        return found.results
 
 
-class _LayerPass(torch.autograd.Function):
-    """`apply(given, x, *before, *weights)`: the stream, the experts' load, and the entries.
+class WholeLoop:
+    """Computes what `RecurrentBlock.step` does, and halting probabilities with it."""
 
-    x and the new stream are (batch, seq, dim); the load is (parts, experts), slots of active positions. `before` and
-    weights are those that are given and the block's, for PyTorch to see.
-    """
+    def __init__(self, recurrent: RecurrentBlock, threads: Threads) -> None:
+        """For one pass: weights may change between passes only."""
+        self._recurrent, adapter, act = recurrent, recurrent.adapter, recurrent.act
+        rank = 0 if adapter is None else adapter.settled.shape[0]
+        around = Around(is_loop=True, rank=rank, halt_eps=0.0 if act is None else act.eps)
+        self._stage = WholeStage(recurrent, recurrent.blocks, threads, around=around)  # type: ignore[arg-type]
+
+    def __call__(
+        self, h: Tensor, e: Tensor, t: int, context: ForwardContext, active: Tensor | None, index: int
+    ) -> Tensor:
+        """The next state, from the state h and the encoded input e, (batch, seq, dim); `index` is t as it is counted."""
+        recurrent = self._recurrent
+        injection, embedding, adapter, act = (
+            recurrent.injection,
+            recurrent.loop_embedding,
+            recurrent.adapter,
+            recurrent.act,
+        )
+        around = {"e": e, "a": injection.prepare(e, context).a, "b": injection.B}
+        if embedding is not None:
+            around["embedding"] = embedding(index)
+        if adapter is not None:
+            around |= {"down": adapter.down.weight, "up": adapter.up.weight, "scale": adapter.scale_in(context, index)}
+        if act is not None:
+            around |= {"halt": act.halt.weight, "bias": act.halt.bias}
+        results = self._stage.run(h, around, context, CacheAddress("recurrent", 0, t), active)
+        if act is not None:
+            context.halting = Halting(*results)
+        return results[0]
+
+
+class _StagePass(torch.autograd.Function):
+    """`apply(given, *tensors)`, these as `_Tensors` has them in a row; gives all that `_Found` has, in its order."""
 
     @staticmethod
-    def forward(ctx: Any, given: _Given, x: Tensor, *before_and_weights: Tensor) -> tuple[Tensor, ...]:
-        x, names = x.contiguous(), list(given.plan.names)
-        weights = dict(zip(names, before_and_weights[len(given.before) :], strict=True))
-        out, load, entries, kept = _forward(given, x, weights, keep=True)
-        ctx.save_for_backward(x, given.active, *kept, *entries, *weights.values())
-        ctx.given, ctx.parts = given._replace(active=None, before=()), len(load)
-        ctx.n_before = len(given.before)
+    def forward(ctx: Any, given: _Given, *flat: Tensor) -> tuple[Tensor, ...]:
+        tensors = _Tensors.of(given, flat)
+        found, kept = _forward(given, tensors, keep=True)
+        halts = found.results if given.n_results > 1 else []
+        ctx.save_for_backward(given.active, *kept, *halts, *found.entries, *tensors.flat)
+        ctx.given, ctx.n = given._replace(active=None), (len(halts), len(found.entries), len(found.loads[0]))
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(load)
-        return out, load, *entries
+        ctx.mark_non_differentiable(*found.loads)
+        return (*found.results, *found.loads, *found.entries)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None, *dentries: Tensor | None) -> tuple[Tensor | None, ...]:
-        given, parts = ctx.given, ctx.parts
-        plan, names = given.plan, list(given.plan.names)
-        x, active, kept, counted, *rest = ctx.saved_tensors
-        entries, weights = rest[: len(plan.entries)], dict(zip(names, rest[len(plan.entries) :], strict=True))
-        dx, dbefore = torch.empty_like(x), [torch.empty_like(entry) for entry in entries[: ctx.n_before]]
-        dsink, gains = x.new_empty(len(x), plan.sizes["n_heads"]), x.new_zeros(parts, plan.sizes["n_gains"])
-        grads = {name: torch.empty_like(weight) for name, weight in weights.items()}
-        tensors = {"x": x, "active": active, "dx": dx, "dsink": dsink, "gains": gains}
-        tensors["dy"] = torch.zeros_like(x) if dy is None else dy.contiguous()
-        tensors |= _numbered("entry", entries) | _numbered("dbefore", dbefore)
-        tensors |= _numbered("dentry", [None if grad is None else grad.contiguous() for grad in dentries])
-        layer = plan.described({**given.constants, **weights})
-        scratch = _scratch.room(plan.places(SCRATCH, _rows(x)).size)
-        row = _described(given, parts, kept, counted, scratch, tensors)
-        with given.threads.lock:
-            kernels.backward(layer, plan.described(grads, gradients=True), row)
-        start = 0
-        for name, size in plan.gains.items():
-            grads[name] = gains[0, start : start + size].view(weights[name].shape)
-            start += size
-        if "sink" in grads:
-            grads["sink"] = dsink[0]
-        return None, dx, *dbefore, *grads.values()
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        n_halts, n_entries, parts = ctx.n
+        active, *saved = ctx.saved_tensors
+        kept, results, entries = saved[:2], saved[2 : 2 + n_halts], saved[2 + n_halts :][:n_entries]
+        given, tensors = ctx.given._replace(active=active), _Tensors.of(ctx.given, saved[2 + n_halts + n_entries :])
+        dresults = [None if grad is None else grad.contiguous() for grad in grads[: given.n_results]]
+        dentries = [None if grad is None else grad.contiguous() for grad in grads[-n_entries:]]
+        layout = given.plan.layout(*tensors.x.shape[:2], parts)
+        return None, *_backward(given, layout, tensors, kept, results, entries, dresults, dentries).flat
 
 
-def _forward(
-    given: _Given, x: Tensor, weights: Mapping[str, Tensor], *, keep: bool
-) -> tuple[Tensor, Tensor, list[Tensor], tuple[Tensor, Tensor]]:
-    """The stream, the load, the entries and, to `keep` or not, what the way back needs; x is contiguous."""
-    plan, n = given.plan, _rows(x)
-    parts = min(given.threads.n, n)
-    needed = plan.places(SCRATCH, n).size
-    kept_size = plan.places(KEPT, n).size
-    scratch = _scratch.room(needed if keep else needed + kept_size)
-    kept = plan.room(n) if keep else scratch[needed:]
-    n_ends = parts * plan.n_experts
-    counted = torch.empty(2 * n_ends + n * plan.top_k, dtype=torch.int64, device="cpu")
-    out, entries = torch.empty_like(x), [x.new_empty(*x.shape[:2], *shape) for shape in plan.entries.values()]
-    tensors = {"x": x, "y": out, "active": given.active}
-    tensors |= _numbered("entry", entries) | _numbered("before", given.before)
-    layer = plan.described({**given.constants, **weights})
-    row = _described(given, parts, kept, counted, scratch, tensors)
+def _forward(given: _Given, tensors: _Tensors, *, keep: bool) -> tuple[_Found, list[Tensor]]:
+    """What is found, and what the way back needs, if it is to be kept: numbers and integers."""
+    plan, x = given.plan, tensors.x
+    parts = min(given.threads.n, x.shape[0] * x.shape[1])
+    layout = plan.layout(*x.shape[:2], parts)
+    needed = layout.sizes.scratch
+    scratch = _scratch.room(needed if keep else needed + layout.sizes.kept)
+    kept = plan.room(layout.sizes.kept) if keep else scratch[needed:]
+    counted = torch.empty(layout.sizes.counted // 2, dtype=torch.int64, device="cpu")
+    results = [torch.empty_like(x), x.new_empty(x.shape[:2])][: given.n_results]
+    loads = [counted[place].view(parts, -1) for place in layout.loads]
+    shapes = [shape for layer in plan.layers for shape in layer.entries.values()]
+    found = _Found(results, loads, [x.new_empty(*x.shape[:2], *shape) for shape in shapes])
+    memory = kept.data_ptr(), scratch.data_ptr(), counted.data_ptr(), 0
+    passes, around = layout.described(memory, _placed(given, tensors, found.results, found.entries), given.rotations)
+    layers = plan.described(_with_constants(given, tensors))
     with given.threads.lock:
-        kernels.forward(layer, row)
-    return out, counted[n_ends + n * plan.top_k :].view(parts, plan.n_experts), entries, (kept, counted)
+        kernels.forward(layers, passes, around)
+    return found, [kept, counted]
 
 
-def _rows(x: Tensor) -> int:
-    return x.shape[0] * x.shape[1]
+def _backward(
+    given: _Given,
+    layout: Layout,
+    tensors: _Tensors,
+    kept: Sequence[Tensor],
+    results: Sequence[Tensor],
+    entries: Sequence[Tensor],
+    dresults: Sequence[Tensor | None],
+    dentries: Sequence[Tensor | None],
+) -> _Tensors:
+    """The gradients of all that a pass can be differentiated by."""
+    plan, (numbers, integers), x = given.plan, kept, tensors.x
+    scratch, gains = _scratch.room(layout.sizes.scratch), x.new_zeros(layout.sizes.gains)
+    matrices = [
+        {name: torch.empty_like(weight) for name, weight in own.items() if (k, name) not in layout.gains}
+        for k, own in enumerate(tensors.weights)
+    ]
+    dx, dbefore = torch.empty_like(x), [torch.empty_like(entry) for entry in tensors.before]
+    de = {"e": torch.empty_like(x)} if "e" in tensors.around else {}
+    dout, *dp = dresults
+    dout = torch.zeros_like(x) if dout is None else dout
+    placed = _placed(given, tensors, results, entries)
+    placed |= {**_by_layer(plan, "dentry", dentries), **_by_layer(plan, "dbefore", dbefore)}
+    placed |= {(AROUND, name): grad for name, grad in (("dout", dout), *(("dp", grad) for grad in dp))}
+    if plan.around.is_loop:
+        placed |= {(AROUND, "dh"): dx, (AROUND, "de"): de["e"]}
+    else:
+        placed[0, "dx"] = dx
+        if not plan.around.has_norm:
+            placed[len(plan.layers) - 1, "dy"] = dout
+    memory = numbers.data_ptr(), scratch.data_ptr(), integers.data_ptr(), gains.data_ptr()
+    passes, around = layout.described(memory, placed, given.rotations)
+    layers = plan.described(_with_constants(given, tensors))
+    with given.threads.lock:
+        kernels.backward(layers, plan.described(matrices, gradients=True), passes, around)
+
+    def gain(k: int, name: str, weight: Tensor) -> Tensor:
+        found = gains[layout.gains[k, name]]
+        return found.view(*weight.shape[::-1]).t() if name == "up" and k == AROUND else found.view(weight.shape)
+
+    return _Tensors(
+        dx,
+        dbefore,
+        {name: de[name] if name in de else gain(AROUND, name, weight) for name, weight in tensors.around.items()},
+        [
+            {name: own[name] if name in own else gain(k, name, weight) for name, weight in weights.items()}
+            for k, (own, weights) in enumerate(zip(matrices, tensors.weights, strict=True))
+        ],
+    )
 
 
-def _numbered(name: str, tensors: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
-    return {f"{name}_{k}": tensor for k, tensor in enumerate(tensors)}
+def _placed(
+    given: _Given, tensors: _Tensors, results: Sequence[Tensor], entries: Sequence[Tensor]
+) -> dict[tuple[int, str], Tensor | None]:
+    """Where compiled code looks for what, by layer and name."""
+    plan = given.plan
+    placed: dict[tuple[int, str], Tensor | None] = {(k, "active"): given.active for k in range(len(plan.layers))}
+    placed |= {**_by_layer(plan, "entry", entries), **_by_layer(plan, "before", tensors.before)}
+    placed |= {(AROUND, name): tensor for name, tensor in zip(("out", "p"), results)}
+    placed |= {(AROUND, name): tensor for name, tensor in tensors.around.items()}
+    placed[(AROUND, "h") if plan.around.is_loop else (0, "x")] = tensors.x
+    if results and not plan.around.changes_stream:
+        placed[len(plan.layers) - 1, "y"] = results[0]
+    return placed
 
 
-def _described(
-    given: _Given, parts: int, kept: Tensor, counted: Tensor, scratch: Tensor, tensors: Mapping[str, Tensor | None]
-) -> npt.NDArray[Any]:
-    """A pass as compiled code knows it, with 0 for tensors that there are not; who calls keeps them."""
-    plan, x, rotations = given.plan, tensors["x"], given.rotations
-    assert x is not None
-    batch, seq, _ = x.shape
-    n = batch * seq
-    found = np.zeros(len(_FIELDS), np.int64)
-    for names, memory in ((KEPT, kept), (SCRATCH, scratch)):
-        first = _FIELDS[names[0]]
-        found[first : first + len(names)] = plan.places(names, n).offsets + memory.data_ptr()
-    integers, n_ends = counted.data_ptr(), parts * plan.n_experts
-    numbers = {
-        "ends": integers,
-        "owners": integers + 8 * n_ends,
-        "loads": integers + 8 * (n_ends + n * plan.top_k),
-        "rotations": rotations.ctypes.data,
-        "rotary_width": rotations.shape[1],
-        "batch": batch,
-        "seq": seq,
-        "window": plan.window or seq,
-        "parts": parts,
-        **plan.sizes,
-    }
-    for name, number in numbers.items():
-        found[_FIELDS[name]] = number
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            found[_FIELDS[name]] = tensor.data_ptr()
-    return found.view(PASS)
+def _by_layer(plan: StagePlan, name: str, tensors: Sequence[Tensor | None]) -> dict[tuple[int, str], Tensor | None]:
+    """Entries of all layers, or what is like them; or none."""
+    names = [(k, f"{name}_{kind}") for k, layer in enumerate(plan.layers) for kind in range(len(layer.entries))]
+    return dict(zip(names, tensors, strict=True)) if tensors else {}
+
+
+def _with_constants(given: _Given, tensors: _Tensors) -> list[dict[str, Tensor]]:
+    return [{**own, **weights} for own, weights in zip(given.constants, tensors.weights, strict=True)]
+
+
+def _named(names: Collection[str], tensors: Iterator[Tensor]) -> dict[str, Tensor]:
+    """The next so many of them."""
+    return dict(zip(names, islice(tensors, len(names)), strict=True))

@@ -1,21 +1,21 @@
-"""A whole layer over many positions, forward and backward, on several threads.
+"""The steps of a layer over many positions, forward and backward.
 
-Main entries: `forward`, `backward`. Every step goes to all threads, a part of the rows, of the key heads or of the
-matrices to each; a part is all that its function is told beside the layer and the pass.
+Main entries: `project`, `attend`, `feed`; `feed_back`, `attend_back`, `project_back`, `weights_back`. Every step goes to
+all threads, a part of the rows, of the key heads or of the matrices to each.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from numba import prange
-
 from open_mythos.model.arithmetic.addresses import integers_at, matrix_at, stack_at, vector_at
-from open_mythos.model.arithmetic.compiled import compiled, parallel, shared
+from open_mythos.model.arithmetic.compiled import compiled, shared
 from open_mythos.model.arithmetic.vectors import add_to, copied
 from open_mythos.model.few_rows.layers import LAYERS
-from open_mythos.model.many_rows.attention import attend, attend_back
-from open_mythos.model.many_rows.feed_forward import feed, feed_back
+from open_mythos.model.many_rows.attention import attend as attend_head
+from open_mythos.model.many_rows.attention import attend_back as attend_head_back
+from open_mythos.model.many_rows.feed_forward import feed as feed_rows
+from open_mythos.model.many_rows.feed_forward import feed_back as feed_rows_back
 from open_mythos.model.many_rows.grouped import project as project_grouped
 from open_mythos.model.many_rows.grouped import project_back as project_grouped_back
 from open_mythos.model.many_rows.latent import project as project_latent
@@ -36,9 +36,9 @@ from open_mythos.model.many_rows.views import (
 from open_mythos.model.rows import Array
 
 
-@shared(LAYERS, PASSES, "int64")
-def _project(layers: Any, passes: Any, part: int) -> None:
-    layer, p = layers[0], passes[0]
+@shared(LAYERS, PASSES, "int64", "int64")
+def project(layers: Any, passes: Any, k: int, part: int) -> None:
+    layer, p = layers[k], passes[k]
     first, end = share_of(p.batch * p.seq, p, part)
     gain = vector_at(layer.attn_gain)
     x, normed = rows_at(p.x, first, end, gain.shape[0]), rows_at(p.normed, first, end, gain.shape[0])
@@ -93,23 +93,23 @@ def _of_item(layer: Any, p: Any, item: int) -> tuple[int, int, Array, Array, Arr
     return first, head, q, k, v, mixed, rows_at(p.lse, b * p.n_heads, (b + 1) * p.n_heads, p.seq)
 
 
-@shared(LAYERS, PASSES, "int64")
-def _attend(layers: Any, passes: Any, part: int) -> None:
-    layer, p = layers[0], passes[0]
+@shared(LAYERS, PASSES, "int64", "int64")
+def attend(layers: Any, passes: Any, k: int, part: int) -> None:
+    layer, p = layers[k], passes[k]
     first_item, last_item = share_of(p.batch * p.n_kv, p, part)
     for item in range(first_item, last_item):
         _, head, q, k, v, mixed, lse = _of_item(layer, p, item)
-        attend(q, k, v, head, p.window, layer.attn_scale, vector_at(layer.sink), mixed, lse)
+        attend_head(q, k, v, head, p.window, layer.attn_scale, vector_at(layer.sink), mixed, lse)
 
 
-@shared(LAYERS, PASSES, "int64")
-def _attend_back(layers: Any, passes: Any, part: int) -> None:
-    layer, p = layers[0], passes[0]
+@shared(LAYERS, PASSES, "int64", "int64")
+def attend_back(layers: Any, passes: Any, k: int, part: int) -> None:
+    layer, p = layers[k], passes[k]
     first_item, last_item = share_of(p.batch * p.n_kv, p, part)
     for item in range(first_item, last_item):
         first, head, q, k, v, mixed, lse = _of_item(layer, p, item)
         end, b = first + p.seq, item // p.n_kv
-        attend_back(
+        attend_head_back(
             q,
             k,
             v,
@@ -127,9 +127,9 @@ def _attend_back(layers: Any, passes: Any, part: int) -> None:
         )
 
 
-@shared(LAYERS, PASSES, "int64")
-def _project_back(layers: Any, passes: Any, part: int) -> None:
-    layer, p = layers[0], passes[0]
+@shared(LAYERS, PASSES, "int64", "int64")
+def project_back(layers: Any, passes: Any, k: int, part: int) -> None:
+    layer, p = layers[k], passes[k]
     first, end = share_of(p.batch * p.seq, p, part)
     gain = vector_at(layer.attn_gain)
     dim = gain.shape[0]
@@ -151,29 +151,29 @@ def _project_back(layers: Any, passes: Any, part: int) -> None:
     normalise_back(x, gain, scales, dnormed, straight, dx, gains_of(p, part, 0, dim))
 
 
-@shared(LAYERS, PASSES, "int64")
-def _feed(layers: Any, passes: Any, part: int) -> None:
-    layer, p = layers[0], passes[0]
+@shared(LAYERS, PASSES, "int64", "int64")
+def feed(layers: Any, passes: Any, k: int, part: int) -> None:
+    layer, p = layers[k], passes[k]
     first, end = share_of(p.batch * p.seq, p, part)
     out = matrix_at(layer.out)
     dim = out.shape[0]
     x, y, middle = rows_at(p.x, first, end, dim), rows_at(p.y, first, end, dim), rows_at(p.middle, first, end, dim)
     by_turned(rows_at(p.mixed, first, end, out.shape[1]), out, middle, False)
     add_residual(x, layer.branch_scale, middle)
-    feed(layer, p, part, middle, y)
+    feed_rows(layer, p, part, middle, y)
     add_residual(middle, layer.branch_scale, y)
 
 
-@shared(LAYERS, PASSES, "int64")
-def _feed_back(layers: Any, passes: Any, part: int) -> None:
-    layer, p = layers[0], passes[0]
+@shared(LAYERS, PASSES, "int64", "int64")
+def feed_back(layers: Any, passes: Any, k: int, part: int) -> None:
+    layer, p = layers[k], passes[k]
     first, end = share_of(p.batch * p.seq, p, part)
     gain, out = vector_at(layer.ffn_gain), matrix_at(layer.out)
     dim = gain.shape[0]
     middle, dy = rows_at(p.middle, first, end, dim), rows_at(p.dy, first, end, dim)
     grad, dnormed = rows_at(p.scaled_dy, first, end, dim), rows_at(p.dnormed, first, end, dim)
     scaled(dy, layer.branch_scale, grad)
-    feed_back(layer, p, part, middle, grad, dnormed)
+    feed_rows_back(layer, p, part, middle, grad, dnormed)
     dmiddle, small = rows_at(p.dmiddle, first, end, dim), rows_at(p.scaled_dmiddle, first, end, dim)
     scales = numbers_at(p.ffn_scales, first, end)
     normalise_back(middle, gain, scales, dnormed, dy, dmiddle, gains_of(p, part, dim, dim))
@@ -189,10 +189,10 @@ def _weight_back(p: Any, part: int, grads: int, inputs: int, out: Array) -> None
     across(rows_at(grads, 0, n, width), rows_at(inputs, 0, n, dim), first, end, out, False)
 
 
-@shared(LAYERS, LAYERS, PASSES, "int64")
-def _weights_back(layers: Any, gradients: Any, passes: Any, part: int) -> None:
+@shared(LAYERS, LAYERS, PASSES, "int64", "int64")
+def weights_back(layers: Any, gradients: Any, passes: Any, k: int, part: int) -> None:
     """The gradients of this part of every matrix's rows."""
-    layer, grads, p = layers[0], gradients[0], passes[0]
+    layer, grads, p = layers[k], gradients[k], passes[k]
     n, parts, top_k = p.batch * p.seq, p.parts, layer.top_k
     if layer.is_latent:
         kv_up = stack_at(grads.kv_up)
@@ -225,37 +225,3 @@ def _weights_back(layers: Any, gradients: Any, passes: Any, part: int) -> None:
             across(rows_at(p.dexpert_gates, start, stop, width), rows, first, end, gate[e], other > 0)
             across(rows_at(p.dexpert_ups, start, stop, width), rows, first, end, up[e], other > 0)
             across(rows_at(p.expert_hidden, start, stop, width), drows, first, end, down[e], other > 0)
-
-
-@compiled
-def _sum_up(p: Any) -> None:
-    """Add up the gains' gradients of all parts and the sinks' of all sequences, to the first of each."""
-    for part in range(1, p.parts):
-        add_to(gains_of(p, part, 0, p.n_gains), gains_of(p, 0, 0, p.n_gains))
-    for b in range(1, p.batch):
-        add_to(numbers_at(p.dsink, b * p.n_heads, (b + 1) * p.n_heads), numbers_at(p.dsink, 0, p.n_heads))
-
-
-@parallel
-def forward(layers: Any, passes: Any) -> None:
-    parts = passes[0].parts
-    for part in prange(parts):
-        _project(layers, passes, part)
-    for part in prange(parts):
-        _attend(layers, passes, part)
-    for part in prange(parts):
-        _feed(layers, passes, part)
-
-
-@parallel
-def backward(layers: Any, grads: Any, passes: Any) -> None:
-    parts = passes[0].parts
-    for part in prange(parts):
-        _feed_back(layers, passes, part)
-    for part in prange(parts):
-        _attend_back(layers, passes, part)
-    for part in prange(parts):
-        _project_back(layers, passes, part)
-    for part in prange(parts):
-        _weights_back(layers, grads, passes, part)
-    _sum_up(passes[0])

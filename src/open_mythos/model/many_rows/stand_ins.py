@@ -5,6 +5,7 @@ Main entry: `ManyRows`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,13 +17,15 @@ from open_mythos.model.cache import PassStore
 from open_mythos.model.context import ForwardContext, StandIn
 from open_mythos.model.derivatives import elementary_only
 from open_mythos.model.few_rows.known import collect, compiles, has_global_hooks
+from open_mythos.model.norm import RMSNorm
+from open_mythos.model.recurrent import RecurrentBlock
 
 if TYPE_CHECKING:
     from open_mythos.model.arithmetic.compiled import Threads
 
 
 class ManyRows:
-    """For one pass: the layers' stand-ins, found when first asked for; weights may change between passes only."""
+    """For one pass: the stand-ins, found when first asked for; weights may change between passes only."""
 
     def __init__(self) -> None:
         self._found: dict[nn.Module, StandIn | None] = {}
@@ -35,30 +38,70 @@ class ManyRows:
         under autocast; where it is traced or another than a first reverse derivative is wanted; where there is a cache;
         and where x does not fit, to say so.
         """
-        if torch.compiler.is_compiling() or elementary_only() or forward_ad._current_level >= 0:
-            return None
-        if x.dtype != torch.float32 or not x.is_cpu or torch.is_autocast_enabled("cpu"):
-            return None
-        expected = (context.n_new, block.attn_norm.weight.shape[0])
-        if x.dim() != 3 or x.shape[1:] != expected or not x.numel() or _drops_out(block):
-            return None
-        if type(context) is not ForwardContext or type(context.store) is not PassStore:
+        if not _serves([block], [x], context):
             return None
         if block not in self._found:
-            self._found[block] = self._find(block)
+            from open_mythos.model.many_rows.function import WholeStage
+
+            threads = self._threads_for(_is_known(block))
+            self._found[block] = None if threads is None else WholeStage(block, [block], threads)
         return self._found[block]
 
-    def _find(self, block: Block) -> StandIn | None:
-        known: list[nn.Module] = []
-        collect(block, known)
-        if block not in known or has_global_hooks() or not compiles():
+    def stage(self, blocks: nn.ModuleList, norm: RMSNorm, x: Tensor, context: ForwardContext) -> StandIn | None:
+        """What computes blocks and a norm after them; None as for a layer, or if anybody looks at one of them."""
+        layers: list[Block] = list(blocks)  # type: ignore[arg-type]
+        if not layers or not _serves(layers, [x], context):
+            return None
+        if blocks not in self._found:
+            from open_mythos.model.many_rows.function import WholeStage
+
+            threads = self._threads_for(type(norm) is RMSNorm and collect(blocks, []) and collect(norm, []))
+            self._found[blocks] = None if threads is None else WholeStage(blocks, layers, threads, norm)
+        return self._found[blocks]
+
+    def loop(self, recurrent: RecurrentBlock, h: Tensor, e: Tensor, context: ForwardContext) -> StandIn | None:
+        """What computes a loop, its entries, its experts' loads and who halts by what; None as for a layer."""
+        if not _serves(recurrent.blocks, [h, e], context):  # type: ignore[arg-type]
+            return None
+        if recurrent not in self._found:
+            from open_mythos.model.many_rows.function import WholeLoop
+
+            threads = self._threads_for(_is_known(recurrent))
+            self._found[recurrent] = None if threads is None else WholeLoop(recurrent, threads)
+        return self._found[recurrent]
+
+    def _threads_for(self, known: bool) -> Threads | None:
+        """What a stand-in runs on for something that is `known` or not; None where it must not have one."""
+        if not known or has_global_hooks() or not compiles():
             return None
         from open_mythos.model.arithmetic.compiled import Threads
-        from open_mythos.model.many_rows.function import WholeLayer
 
         if self._threads is None:
             self._threads = Threads()
-        return WholeLayer(block, self._threads) if self._threads.use() else None
+        return self._threads if self._threads.use() else None
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Of one that asks for its stand-in itself, and so may have hooks."""
+    known: list[nn.Module] = []
+    collect(module, known)
+    return module in known
+
+
+def _serves(blocks: Iterable[Block], streams: Sequence[Tensor], context: ForwardContext) -> bool:
+    """Whether compiled code may compute what these blocks would make of such streams, if it knows them."""
+    if torch.compiler.is_compiling() or elementary_only() or forward_ad._current_level >= 0:
+        return False
+    if type(context) is not ForwardContext or type(context.store) is not PassStore or torch.is_autocast_enabled("cpu"):
+        return False
+    batch = streams[0].shape[:1]
+    for block in blocks:
+        if type(block) is not Block:
+            return False
+        expected = (*batch, context.n_new, block.attn_norm.weight.shape[0])
+        if _drops_out(block) or not all(x.shape == expected and x.numel() for x in streams):
+            return False
+    return all(x.dtype == torch.float32 and x.is_cpu for x in streams)
 
 
 def _drops_out(block: Block) -> bool:
