@@ -19,6 +19,7 @@ from open_mythos.model.arithmetic.compiled import Threads
 from open_mythos.model.attention import GQAttention
 from open_mythos.model.cache import CacheAddress
 from open_mythos.model.many_rows import function, plan, products, stand_ins
+from open_mythos.model.many_rows.attention import attend, attend_back
 from open_mythos.training.depth import LoopPlan
 from open_mythos.training.objective import Objective
 from tiny import random_ids, tiny_config, tiny_model
@@ -375,6 +376,65 @@ def test_products_of_any_size_equal_numpys(add: bool) -> None:
         expected = w.copy()
         expected[first:end] = (x.T @ y + add * w)[first:end]
         np.testing.assert_allclose(out, expected, atol=1e-4)
+
+
+def attention(
+    q: Any, k: Any, v: Any, window: int, scale: float, sink: Any, grad: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What comes out, log-sum-exps, and the gradients of q, k, v and the sink: one key head, in float64."""
+    q, k, v, sink, grad = (x.astype(np.float64) for x in (q, k, v, sink, grad))
+    behind = np.arange(len(q))[:, None] - np.arange(len(q))
+    scores = np.where((behind >= 0) & (behind < window), scale * np.einsum("ihd,jd->hij", q, k), -np.inf)
+    logits = np.broadcast_to(sink[:, None, None] if sink.size else -np.inf, (*scores.shape[:2], 1))
+    whole = np.concatenate([scores, logits], -1)
+    lse = np.log(np.exp(whole - whole.max(-1, keepdims=True)).sum(-1)) + whole.max(-1)
+    weights, shares = np.exp(scores - lse[..., None]), np.exp(logits[..., 0] - lse)
+    slopes = np.einsum("ihd,jd->hij", grad, v)
+    means = (weights * slopes).sum(-1)
+    slopes = scale * weights * (slopes - means[..., None])
+    dq, dk = np.einsum("hij,jd->ihd", slopes, k), np.einsum("hij,ihd->jd", slopes, q)
+    dv = np.einsum("hij,ihd->jd", weights, grad)
+    return np.einsum("hij,jd->ihd", weights, v), lse, dq, dk, dv, -(shares * means).sum(-1)
+
+
+def test_attention_of_any_size_equals_numpys_and_does_not_look_ahead() -> None:
+    assert Threads().use()
+    rng = np.random.default_rng(0)
+    for trial in range(40):
+        n, dim, width = (int(size) for size in rng.integers(1, (201, 70, 70)))
+        n_kv, group = (int(size) for size in rng.integers(1, (4, 6)))
+        window, scale = (1, n // 2 + 1, n, 2**40)[trial % 4], np.float32(dim**-0.5)
+        q, grad = (rng.standard_normal((n, n_kv * group, size), dtype=np.float32) for size in (dim, width))
+        k, v = (rng.standard_normal((n, n_kv, size), dtype=np.float32) for size in (dim, width))
+        k[-1] *= 1e4
+        sink = rng.standard_normal(n_kv * group if trial % 3 else 0, dtype=np.float32)
+        out, dq, dk, dv = (np.full_like(x, np.nan) for x in (grad, q, k, v))
+        lse, dsink = np.full((n_kv * group, n), np.nan, np.float32), np.full(n_kv * group, np.nan, np.float32)
+        part = int(rng.integers(1, n + 1))
+        alone, lse_alone = np.empty_like(out[:part]), np.empty_like(lse[:, :part])
+        for head in range(n_kv):
+            attend(q, k, v, head, window, scale, sink, out, lse)
+            attend(q[:part], k[:part], v[:part], head, window, scale, sink, alone, lse_alone)
+            attend_back(q, k, v, head, window, scale, sink, lse, grad, dq, dk, dv, dsink)
+            own = slice(head * group, (head + 1) * group)
+            expected = attention(q[:, own], k[:, head], v[:, head], window, scale, sink[own], grad[:, own])
+            found = (out[:, own], lse[own], dq[:, own], dk[:, head], dv[:, head], dsink[own])
+            for value, other in zip(found, expected, strict=True):
+                np.testing.assert_allclose(value, other, atol=2e-5 * max(1, np.abs(other).max()))
+        assert np.array_equal(alone, out[:part])
+        assert np.array_equal(lse_alone, lse[:, :part])
+
+
+def test_what_is_not_a_number_stays_in_its_row() -> None:
+    assert Threads().use()
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((30, heads, 8), dtype=np.float32) for heads in (3, 1, 1))
+    q[20, 1] = np.nan
+    out, lse = np.empty_like(q), np.empty((3, 30), np.float32)
+    attend(q, k, v, 0, 30, np.float32(1), np.zeros(3, np.float32), out, lse)
+    assert np.argwhere(np.isnan(lse)).tolist() == [[1, 20]]
+    assert np.isnan(out[20, 1]).all()
+    assert np.isnan(out).sum() == out.shape[2]
 
 
 def test_exponentials() -> None:

@@ -1,7 +1,7 @@
 """The inner loop of a matrix product, in LLVM's own terms: a small block of the result stays in registers.
 
-Main entries: `product`, `turned`, `by_turned`. Matrices are parts of arrays (n,), with strides in numbers, so that
-neither parts nor transposes need a copy.
+Main entries: `product`, `turned`, `moved`, `by_turned`. Matrices are parts of arrays (n,), with strides in numbers, so
+that neither parts nor transposes need a copy.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.imputils import impl_ret_borrowed
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 from open_mythos.model.arithmetic.compiled import VECTOR, compiled, shared
 from open_mythos.model.arithmetic.registers import (
     REGISTER,
     WIDE,
     add_products,
+    along,
+    array_of,
     fetch,
     indices,
     mask_of,
@@ -35,7 +39,7 @@ _ROWS, _NARROW_ROWS = 6, 8
 _VECTORS = 4 if WIDE == 16 else 2
 
 
-def _tile(n_rows: int, n_vectors: int, *, masked: bool) -> Callable[..., None]:
+def _tile(n_rows: int, n_vectors: int, *, cut: bool, masked: bool) -> Callable[..., None]:
     @intrinsic
     def tile(
         _context: Any,
@@ -54,7 +58,7 @@ def _tile(n_rows: int, n_vectors: int, *, masked: bool) -> Callable[..., None]:
         depth: Any,
         add: Any,
     ) -> Any:
-        """`c (+)= a @ b` for rows up to `last` of a and c, and `width` columns of b and c where it is masked."""
+        """`c (+)= a @ b`, for rows up to `last` of a and c where it is cut, `width` columns of b and c where masked."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             a, b, c = (start_of(context, builder, signature, args, k) for k in (0, 4, 7))
@@ -62,7 +66,7 @@ def _tile(n_rows: int, n_vectors: int, *, masked: bool) -> Callable[..., None]:
             number = a_row.type
             mask = mask_of(builder, width) if masked else None
             # Rows behind the last are the last again: they compute and store the same.
-            rows = up_to(builder, number(0), n_rows, last)
+            rows = up_to(builder, number(0), n_rows, last) if cut else [number(r) for r in range(n_rows)]
             own = [builder.gep(a, [builder.mul(r, a_row)]) for r in rows]
             targets = [
                 builder.gep(c, [builder.add(builder.mul(r, c_row), number(v * WIDE))])
@@ -123,7 +127,8 @@ def _turn_square(
 
 
 _turn: Callable[..., None] = intrinsic(_turn_square)  # type: ignore[assignment]
-_wide, _narrow = _tile(_ROWS, _VECTORS, masked=False), _tile(_NARROW_ROWS, 1, masked=True)
+_wide = _tile(_ROWS, _VECTORS, cut=True, masked=False)
+_narrow, _rest = (_tile(_NARROW_ROWS, 1, cut=cut, masked=cut) for cut in (False, True))
 PANEL = _VECTORS * WIDE
 """Columns of the result that are computed together."""
 
@@ -160,7 +165,10 @@ def product(
         for r in range(0, rows, _NARROW_ROWS):
             own, target, last = a_first + r * a_row, c_first + r * c_row + done, rows - 1 - r
             width = columns - done
-            _narrow(a, own, a_row, a_column, b, b_first + done, b_row, c, target, c_row, last, width, depth, add)
+            if r + _NARROW_ROWS <= rows and width >= WIDE:
+                _narrow(a, own, a_row, a_column, b, b_first + done, b_row, c, target, c_row, last, width, depth, add)
+            else:
+                _rest(a, own, a_row, a_column, b, b_first + done, b_row, c, target, c_row, last, width, depth, add)
         done += WIDE
 
 
@@ -178,10 +186,55 @@ def turned(
             target[start + j * target_row + i] = source[first + i * source_row + j]
 
 
-@compiled
-def flat(x: Array) -> Array:
-    """All numbers of a contiguous array, (n,)."""
-    return x.reshape(x.size)
+def _move(
+    _context: Any,
+    source: Any,
+    first: Any,
+    source_row: Any,
+    target: Any,
+    start: Any,
+    target_row: Any,
+    rows: Any,
+    columns: Any,
+    scale: Any,
+) -> Any:
+    """Write a matrix (rows, columns) times `scale`; each begins at its first number."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, target = (start_of(context, builder, signature, args, k) for k in (0, 3))
+        source_row, target_row, (rows, columns, scale) = args[2], args[5], args[6:]
+        factor = repeated(builder, scale)
+        with cgutils.for_range(builder, rows) as loop:
+            own = builder.gep(source, [builder.mul(loop.index, source_row)])
+            to = builder.gep(target, [builder.mul(loop.index, target_row)])
+
+            def move(place: Any, mask: Any) -> None:
+                numbers = read(builder, builder.gep(own, [place]), mask)
+                write(builder, builder.fmul(numbers, factor), builder.gep(to, [place]), mask)
+
+            along(builder, columns, move)
+        return context.get_dummy_value()
+
+    return types.void(source, first, source_row, target, start, target_row, rows, columns, types.float32), generate
+
+
+moved: Callable[..., None] = intrinsic(_move)  # type: ignore[assignment]
+
+
+def _flat(_context: Any, x: Any) -> Any:
+    """All numbers of a contiguous array, (n,). Numba's `reshape` takes as long as a small product to see that it is."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, found = array_of(context, builder, signature, args, 0), context.make_array(signature.return_type)
+        found = found(context, builder)
+        shared = {name: getattr(source, name) for name in ("data", "itemsize", "meminfo", "parent")}
+        populate_array(found, shape=[source.nitems], strides=[source.itemsize], **shared)
+        return impl_ret_borrowed(context, builder, signature.return_type, found._getvalue())
+
+    return types.Array(x.dtype, 1, "C")(x), generate
+
+
+flat: Callable[[Array], Array] = intrinsic(_flat)  # type: ignore[assignment]
 
 
 @compiled

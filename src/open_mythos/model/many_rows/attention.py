@@ -2,6 +2,9 @@
 
 Main entries: `attend`, `attend_back`. As flash attention does (Dao et al. 2022, arXiv 2205.14135), a block of scores is
 used at once and computed again on the way back: what is kept is one number for each query and head.
+
+Scores are computed with keys as rows. Their columns are queries, for each of them the heads of the key head's group,
+one behind the other: these see the same keys. A few columns are computed together, over the keys that one of them sees.
 """
 
 from __future__ import annotations
@@ -9,39 +12,15 @@ from __future__ import annotations
 import numpy as np
 
 from open_mythos.model.arithmetic.compiled import compiled
-from open_mythos.model.arithmetic.exponential import exp
-from open_mythos.model.arithmetic.product import flat, product, turned
+from open_mythos.model.arithmetic.product import flat, moved, product, turned
+from open_mythos.model.arithmetic.registers import WIDE
+from open_mythos.model.arithmetic.softmax import weigh, weigh_back
 from open_mythos.model.rows import Array
 
 _BLOCK = 64
-"""Queries whose scores are computed together."""
-
-
-@compiled
-def _weigh(
-    scores: Array, first: int, start: int, window: int, scale: np.float32, logit: np.float32, lse: Array
-) -> None:
-    """Exponentials of scaled scores over their sum, in place, 0 for what is not seen; the sums' logarithms to `lse`.
-
-    The queries are those from `first` on, the keys those from `start` on; the sum has `exp(logit)`, too.
-    """
-    for r in range(scores.shape[0]):
-        row = scores[r]
-        low, high = max(first + r - window + 1, start) - start, first + r + 1 - start
-        seen = row[low:high]
-        most = logit
-        for j in range(seen.shape[0]):
-            most = max(most, scale * seen[j])
-        total = exp(logit - most)
-        for j in range(seen.shape[0]):
-            seen[j] = exp(scale * seen[j] - most)
-            total += seen[j]
-        lse[r] = most + np.log(total)
-        part = np.float32(1) / total
-        for j in range(seen.shape[0]):
-            seen[j] *= part
-        row[:low] = 0
-        row[high:] = 0
+"""Queries that are brought side by side together."""
+_STRIP = 16
+"""Columns of scores that are computed together: a register's numbers, or those of some."""
 
 
 @compiled
@@ -54,40 +33,27 @@ def attend(
     """
     n, n_heads, dim = q.shape
     n_kv, width = v.shape[1], v.shape[2]
-    group, of_q, of_v, of_out = n_heads // n_kv, n_heads * dim, n_kv * width, n_heads * width
-    keys = np.empty((dim, n), np.float32)
-    turned(flat(k), head * dim, n_kv * dim, n, dim, flat(keys), 0, n)
-    for h in range(head * group, (head + 1) * group):
-        logit = sink[h] if sink.shape[0] else np.float32(-np.inf)
-        for first in range(0, n, _BLOCK):
-            end = min(first + _BLOCK, n)
-            start = max(0, first - window + 1)
-            rows, columns = end - first, end - start
-            scores = np.empty((rows, columns), np.float32)
-            query, to = (first * n_heads + h) * dim, (first * n_heads + h) * width
-            value, own = (start * n_kv + head) * width, flat(scores)
-            product(flat(q), query, of_q, 1, flat(keys), start, n, own, 0, columns, rows, columns, dim, 0)
-            _weigh(scores, first, start, window, scale, logit, lse[h, first:end])
-            product(own, 0, columns, 1, flat(v), value, of_v, flat(out), to, of_out, rows, width, columns, 0)
-
-
-@compiled
-def _weigh_back(
-    scores: Array, grads: Array, first: int, start: int, window: int, scale: np.float32, lse: Array, dots: Array
-) -> None:
-    """Weights again in place of the scores, and their scores' gradients in place of the weights' own."""
-    for r in range(scores.shape[0]):
-        row, grad = scores[r], grads[r]
-        low, high = max(first + r - window + 1, start) - start, first + r + 1 - start
-        seen, back = row[low:high], grad[low:high]
-        log, dot = lse[r], dots[r]
-        for j in range(seen.shape[0]):
-            seen[j] = exp(scale * seen[j] - log)
-            back[j] = scale * seen[j] * (back[j] - dot)
-        row[:low] = 0
-        row[high:] = 0
-        grad[:low] = 0
-        grad[high:] = 0
+    group, of_k, of_v = n_heads // n_kv, n_kv * dim, n_kv * width
+    most, reach = _most_columns(n, group), min(window, n) * group
+    mixed, across, logs, scores = _memory(most, max(dim, width), n)
+    keys, values = flat(k), flat(v)
+    for first in range(0, n, _BLOCK):
+        rows = min(_BLOCK, n - first)
+        columns = rows * group
+        _take(q, first, head * group, rows, group, scale, mixed, across, most)
+        _take_logits(sink, head * group, rows, group, logs)
+        for column in range(0, columns, _STRIP):
+            start, seen, age = _sight(first, column, n, group, window)
+            key, value = (start * n_kv + head) * dim, (start * n_kv + head) * width
+            some = min(_STRIP, columns - column)
+            product(keys, key, of_k, 1, across, column, most, scores, 0, _STRIP, seen, _STRIP, dim, 0)
+            for c in range(0, _STRIP, WIDE):
+                weigh(scores, c, _STRIP, seen, age + c, group, reach, logs, column + c)
+            product(scores, 0, 1, _STRIP, values, value, of_v, mixed, column * width, width, some, width, seen, 0)
+        _give(mixed, first, head * group, rows, group, np.float32(1), out)
+        for h in range(group):
+            for i in range(rows):
+                lse[head * group + h, first + i] = logs[i * group + h]
 
 
 @compiled
@@ -99,7 +65,6 @@ def attend_back(
     window: int,
     scale: np.float32,
     sink: Array,
-    out: Array,
     lse: Array,
     grad: Array,
     dq: Array,
@@ -110,37 +75,90 @@ def attend_back(
     """The gradients of `attend`'s arguments, given that of `out`; `dsink` is (H,)."""
     n, n_heads, dim = q.shape
     n_kv, width = v.shape[1], v.shape[2]
-    group, of_q, of_k, of_v, of_out = n_heads // n_kv, n_heads * dim, n_kv * dim, n_kv * width, n_heads * width
-    keys, values = np.empty((dim, n), np.float32), np.empty((width, n), np.float32)
-    turned(flat(k), head * dim, n_kv * dim, n, dim, flat(keys), 0, n)
-    turned(flat(v), head * width, n_kv * width, n, width, flat(values), 0, n)
-    for i in range(n):
-        dk[i, head] = 0
-        dv[i, head] = 0
-    dots = np.empty(n, np.float32)
+    group, of_k, of_v = n_heads // n_kv, n_kv * dim, n_kv * width
+    most, reach = _most_columns(n, group), min(window, n) * group
+    queries, queries_across, logs, weights = _memory(most, dim, n)
+    grads, grads_across, logits, slopes = _memory(most, width, n)
+    keys, values, dkeys, dvalues = flat(k), flat(v), flat(dk), flat(dv)
+    # Sums of nothing yet: products over no columns.
+    product(slopes, 0, 0, 0, queries, 0, 0, dkeys, head * dim, of_k, n, dim, 0, 0)
+    product(weights, 0, 0, 0, grads, 0, 0, dvalues, head * width, of_v, n, width, 0, 0)
     for h in range(head * group, (head + 1) * group):
-        for i in range(n):
-            own, back = out[i, h], grad[i, h]
-            total = np.float32(0)
-            for j in range(width):
-                total += own[j] * back[j]
-            dots[i] = total
-        if sink.shape[0]:
-            total = np.float32(0)
-            for i in range(n):
-                total -= exp(sink[h] - lse[h, i]) * dots[i]
-            dsink[h] = total
-        for first in range(0, n, _BLOCK):
-            end = min(first + _BLOCK, n)
-            start = max(0, first - window + 1)
-            rows, columns = end - first, end - start
-            scores, grads = np.empty((rows, columns), np.float32), np.empty((rows, columns), np.float32)
-            weights, slopes = flat(scores), flat(grads)
-            query, result = (first * n_heads + h) * dim, (first * n_heads + h) * width
+        dsink[h] = 0
+    for first in range(0, n, _BLOCK):
+        rows = min(_BLOCK, n - first)
+        columns = rows * group
+        _take(q, first, head * group, rows, group, scale, queries, queries_across, most)
+        _take(grad, first, head * group, rows, group, np.float32(1), grads, grads_across, most)
+        _take_logits(sink, head * group, rows, group, logits)
+        for h in range(group):
+            for i in range(rows):
+                logs[i * group + h] = lse[head * group + h, first + i]
+        for column in range(0, columns, _STRIP):
+            start, seen, age = _sight(first, column, n, group, window)
             key, value = (start * n_kv + head) * dim, (start * n_kv + head) * width
-            product(flat(q), query, of_q, 1, flat(keys), start, n, weights, 0, columns, rows, columns, dim, 0)
-            product(flat(grad), result, of_out, 1, flat(values), start, n, slopes, 0, columns, rows, columns, width, 0)
-            _weigh_back(scores, grads, first, start, window, scale, lse[h, first:end], dots[first:end])
-            product(slopes, 0, columns, 1, flat(k), key, of_k, flat(dq), query, of_q, rows, dim, columns, 0)
-            product(slopes, 0, 1, columns, flat(q), query, of_q, flat(dk), key, of_k, columns, dim, rows, 1)
-            product(weights, 0, 1, columns, flat(grad), result, of_out, flat(dv), value, of_v, columns, width, rows, 1)
+            own, result, some = column * dim, column * width, min(_STRIP, columns - column)
+            product(keys, key, of_k, 1, queries_across, column, most, weights, 0, _STRIP, seen, _STRIP, dim, 0)
+            product(values, value, of_v, 1, grads_across, column, most, slopes, 0, _STRIP, seen, _STRIP, width, 0)
+            for c in range(0, _STRIP, WIDE):
+                at = column + c
+                weigh_back(weights, c, slopes, c, _STRIP, seen, age + c, group, reach, logits, at, logs, at)
+            product(slopes, 0, _STRIP, 1, queries, own, dim, dkeys, key, of_k, seen, dim, some, 1)
+            product(weights, 0, _STRIP, 1, grads, result, width, dvalues, value, of_v, seen, width, some, 1)
+            product(slopes, 0, 1, _STRIP, keys, key, of_k, queries, own, dim, some, dim, seen, 0)
+        _give(queries, first, head * group, rows, group, scale, dq)
+        for h in range(group):
+            for i in range(rows):
+                dsink[head * group + h] += logits[i * group + h]
+
+
+@compiled
+def _most_columns(n: int, group: int) -> int:
+    """Columns of a block, in whole strips."""
+    return (min(n, _BLOCK) * group + _STRIP - 1) // _STRIP * _STRIP
+
+
+@compiled
+def _memory(columns: int, width: int, n: int) -> tuple[Array, Array, Array, Array]:
+    """For vectors of all columns and the same turned, for numbers of all columns, and for a strip's scores.
+
+    It begins with a line of the caches, as all of its registers then do.
+    """
+    size = columns * width
+    memory = np.empty(_STRIP + 2 * size + columns + n * _STRIP, np.float32)
+    memory = memory[-memory.ctypes.data // memory.itemsize % _STRIP :]
+    return memory[:size], memory[size : 2 * size], memory[2 * size : 2 * size + columns], memory[2 * size + columns :]
+
+
+@compiled
+def _take(
+    x: Array, first: int, head: int, rows: int, group: int, scale: np.float32, own: Array, across: Array, most: int
+) -> None:
+    """Heads from `head` on of some rows of x (S, H, D), times `scale`, side by side; and turned, (D, most)."""
+    _, n_heads, dim = x.shape
+    moved(flat(x), (first * n_heads + head) * dim, n_heads * dim, own, 0, group * dim, rows, group * dim, scale)
+    turned(own, 0, dim, most, dim, across, 0, most)
+
+
+@compiled
+def _give(own: Array, first: int, head: int, rows: int, group: int, scale: np.float32, x: Array) -> None:
+    """The way back of `_take`."""
+    _, n_heads, dim = x.shape
+    moved(own, 0, group * dim, flat(x), (first * n_heads + head) * dim, n_heads * dim, rows, group * dim, scale)
+
+
+@compiled
+def _take_logits(sink: Array, head: int, rows: int, group: int, logits: Array) -> None:
+    """The sink's logit of each column."""
+    for h in range(group):
+        logit = sink[head + h] if sink.shape[0] else np.float32(-np.inf)
+        for i in range(rows):
+            logits[i * group + h] = logit
+
+
+@compiled
+def _sight(first: int, column: int, n: int, group: int, window: int) -> tuple[int, int, int]:
+    """What a strip's columns see: the first key, how many there are, and how far behind it the first column is."""
+    start = max(0, first + column // group - window + 1)
+    end = min(n, first + (column + _STRIP - 1) // group + 1)
+    return start, end - start, (first - start) * group + column

@@ -107,7 +107,7 @@ def attend_back(layers: Any, passes: Any, k: int, part: int) -> None:
     layer, p = layers[k], passes[k]
     first_item, last_item = share_of(p.batch * p.n_kv, p, part)
     for item in range(first_item, last_item):
-        first, head, q, k, v, mixed, lse = _of_item(layer, p, item)
+        first, head, q, k, v, _, lse = _of_item(layer, p, item)
         end, b = first + p.seq, item // p.n_kv
         attend_head_back(
             q,
@@ -117,7 +117,6 @@ def attend_back(layers: Any, passes: Any, k: int, part: int) -> None:
             p.window,
             layer.attn_scale,
             vector_at(layer.sink),
-            mixed,
             lse,
             heads_at(p.dmixed, first, end, p.n_heads, p.value_width),
             heads_at(p.dq, first, end, p.n_heads, p.key_width),
