@@ -93,6 +93,67 @@ def test_a_pass_and_its_gradients_equal_those_of_the_modules(
     assert_same(found, run(other, ids, loops))
 
 
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+def test_a_stage_is_one_call_and_a_loop_another(attn_type: str, calls: list[object]) -> None:
+    model = tiny_model(tiny_config(attn_type, prelude_layers=2, recurrent_layers=2, coda_layers=3))
+    model(random_ids(model.config, 2, 9), 3)
+    assert len(calls) == 1 + 3 + 1
+
+
+@pytest.mark.parametrize(
+    ("hooked", "n_calls"),
+    [
+        ("prelude_norm", 1 + 2 + 1),
+        ("norm", 1 + 2 + 1),
+        ("recurrent.act", 1 + 2 + 1),
+        ("recurrent.injection", 1 + 2 + 1),
+        ("recurrent.adapter.down", 1 + 2 + 1),
+        ("recurrent.blocks.0", 1 + 2 + 1),
+        ("recurrent.blocks.0.ffn", 1 + 1),
+        ("coda.0.attn", 1 + 2),
+        ("recurrent", 1 + 2 + 1),
+    ],
+)
+def test_hooks_around_layers_run_and_layers_are_compiled_as_before(
+    hooked: str, n_calls: int, calls: list[object]
+) -> None:
+    model = tiny_model(tiny_config("gqa"))
+    ids, seen = random_ids(model.config, 2, 9), list[object]()
+    expected = model(ids, 2)
+    calls.clear()
+    model.get_submodule(hooked).register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(model(ids, 2), expected)
+    assert seen
+    assert len(calls) == n_calls
+
+
+def test_a_norm_that_was_replaced_is_what_counts() -> None:
+    model = tiny_model(tiny_config("gqa", halting="none"))
+    ids = random_ids(model.config, 2, 9)
+    model.prelude_norm = torch.nn.Identity()  # type: ignore[assignment]
+    e = model.encode(ids)
+    x = model.prelude[0](model.embed(ids) * model.config.dim**0.5, model.context(9), CacheAddress("prelude", 0))
+    assert torch.equal(e, x)
+
+
+def test_a_state_of_zeros_halts_with_the_gradients_of_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its size has no direction in which it grows."""
+    model = tiny_model(tiny_config("gqa", loop_embedding=False))
+    zeros = torch.zeros(1, 3, model.config.dim)
+
+    def gradients() -> list[Tensor]:
+        h, context = zeros.clone().requires_grad_(), model.context(3)
+        state = model.loop_step(h, zeros, 0, context)
+        p = model.recurrent._halting_probabilities(state, context)
+        assert p is not None
+        return [p.detach(), *torch.autograd.grad((p * torch.arange(3)).sum(), [h, model.recurrent.act.halt.bias])]
+
+    found = gradients()
+    by_modules(monkeypatch)
+    for one, other in zip(found, gradients(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize(("batch", "seq"), [(1, 1), (1, 150), (2, 70), (40, 2)])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])

@@ -37,7 +37,7 @@ AROUND_PASS = np.dtype(
 )
 """Addresses and sizes; what there is not has the address 0. The result goes to `out`, which without an adapter and
 without a norm is where the last layer's goes; `p` are halting probabilities. Of a weight's gradient every part has its
-own, `n_gains` numbers further, zeros before; that of `up` has rows and columns exchanged."""
+own, `n_gains` numbers further, zeros before."""
 AROUNDS = typeof(np.zeros(1, AROUND_PASS))
 """What a step is given one of, to Numba."""
 
@@ -188,8 +188,8 @@ def _adapt_back(around: Any, passes: Any, part: int, grad: Array) -> None:
     scale, dscale = numbers_at(around.scale, 0, rank), _own(around, part, around.dscale, rank)
     branches, scaled_low = _branches(around, first, end, u, y), _scaled_low(around, first, end, low)
     ddown = _own(around, part, around.ddown, rank * dim).reshape(rank, dim)
-    dup = _own(around, part, around.dup, rank * dim).reshape(rank, dim)
-    across(scaled_low, grad, 0, rank, dup, False)
+    dup = _own(around, part, around.dup, rank * dim).reshape(dim, rank)
+    across(grad, scaled_low, 0, dim, dup, False)
     by(grad, rows_at(around.up, 0, dim, rank), dlow, False)
     for i in range(end - first):
         for r in range(rank):
@@ -246,5 +246,3 @@ def _join(around: Any, p: Any, first: int, end: int, du: Array) -> None:
             du[i] = 0
         elif around.rank:
             add_to(apart[i], du[i])
-
-

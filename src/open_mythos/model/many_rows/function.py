@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,13 @@ from open_mythos.model.cache import CacheAddress
 from open_mythos.model.context import ForwardContext, Halting
 from open_mythos.model.few_rows.layers import known_of
 from open_mythos.model.many_rows import stage as kernels
-from open_mythos.model.many_rows.plan import AROUND, Around, Layout, Scratch, StagePlan, plan_of, weights_of
+from open_mythos.model.many_rows.plan import AROUND, Around, Scratch, StagePlan, plan_of, weights_of
 from open_mythos.model.norm import RMSNorm
 from open_mythos.model.recurrent import RecurrentBlock
 from open_mythos.model.rows import Array
+
+_Placed: TypeAlias = dict[tuple[int, str], Tensor | None]
+"""What compiled code looks for, by layer and name; None is what there is not."""
 
 _scratch = Scratch()
 
@@ -41,9 +44,9 @@ class _Given(NamedTuple):
     active: Tensor | None
 
     @property
-    def n_results(self) -> int:
-        """Two where positions may halt: the result and the probabilities that they do."""
-        return 1 + ("halt" in self.around)
+    def results(self) -> tuple[str, ...]:
+        """By name, what comes out: the next state or stream, and where positions may halt their probabilities to."""
+        return ("out", "p") if "halt" in self.around else ("out",)
 
 
 class _Tensors(NamedTuple):
@@ -141,7 +144,7 @@ class WholeStage:
         tensors = _Tensors(x, old, dict(around), self._weights).flat
         if torch.is_grad_enabled():
             flat = _StagePass.apply(given, *tensors)
-            n, n_layers = given.n_results, len(addresses)
+            n, n_layers = len(given.results), len(addresses)
             found = _Found(flat[:n], flat[n : n + n_layers], flat[n + n_layers :])
         else:
             found, _ = _forward(given, _Tensors.of(given, tensors), keep=False)
@@ -166,25 +169,27 @@ class WholeLoop:
     def __call__(
         self, h: Tensor, e: Tensor, t: int, context: ForwardContext, active: Tensor | None, index: int
     ) -> Tensor:
-        """The next state, from the state h and the encoded input e, (batch, seq, dim); `index` is t as it is counted."""
+        """The next state, from the state h and the encoded input e, (batch, seq, dim).
+
+        Loop t is the sequences' own loop `index`.
+        """
+        around = self._around(e, context, index)
+        state, *probabilities = self._stage.run(h, around, context, CacheAddress("recurrent", 0, t), active)
+        if probabilities:
+            context.halting = Halting(state, *probabilities)
+        return state
+
+    def _around(self, e: Tensor, context: ForwardContext, index: int) -> dict[str, Tensor]:
         recurrent = self._recurrent
-        injection, embedding, adapter, act = (
-            recurrent.injection,
-            recurrent.loop_embedding,
-            recurrent.adapter,
-            recurrent.act,
-        )
-        around = {"e": e, "a": injection.prepare(e, context).a, "b": injection.B}
-        if embedding is not None:
-            around["embedding"] = embedding(index)
-        if adapter is not None:
+        around = {"e": e, "a": recurrent.injection.prepare(e, context).a, "b": recurrent.injection.B}
+        if recurrent.loop_embedding is not None:
+            around["embedding"] = recurrent.loop_embedding(index)
+        if recurrent.adapter is not None:
+            adapter = recurrent.adapter
             around |= {"down": adapter.down.weight, "up": adapter.up.weight, "scale": adapter.scale_in(context, index)}
-        if act is not None:
-            around |= {"halt": act.halt.weight, "bias": act.halt.bias}
-        results = self._stage.run(h, around, context, CacheAddress("recurrent", 0, t), active)
-        if act is not None:
-            context.halting = Halting(*results)
-        return results[0]
+        if recurrent.act is not None:
+            around |= {"halt": recurrent.act.halt.weight, "bias": recurrent.act.halt.bias}
+        return around
 
 
 class _StagePass(torch.autograd.Function):
@@ -194,9 +199,8 @@ class _StagePass(torch.autograd.Function):
     def forward(ctx: Any, given: _Given, *flat: Tensor) -> tuple[Tensor, ...]:
         tensors = _Tensors.of(given, flat)
         found, kept = _forward(given, tensors, keep=True)
-        halts = found.results if given.n_results > 1 else []
-        ctx.save_for_backward(given.active, *kept, *halts, *found.entries, *tensors.flat)
-        ctx.given, ctx.n = given._replace(active=None), (len(halts), len(found.entries), len(found.loads[0]))
+        ctx.save_for_backward(given.active, *kept, *found.results, *found.entries, *tensors.flat)
+        ctx.given, ctx.parts, ctx.n_entries = given._replace(active=None), len(found.loads[0]), len(found.entries)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*found.loads)
         return (*found.results, *found.loads, *found.entries)
@@ -204,26 +208,27 @@ class _StagePass(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        n_halts, n_entries, parts = ctx.n
-        active, *saved = ctx.saved_tensors
-        kept, results, entries = saved[:2], saved[2 : 2 + n_halts], saved[2 + n_halts :][:n_entries]
-        given, tensors = ctx.given._replace(active=active), _Tensors.of(ctx.given, saved[2 + n_halts + n_entries :])
-        dresults = [None if grad is None else grad.contiguous() for grad in grads[: given.n_results]]
-        dentries = [None if grad is None else grad.contiguous() for grad in grads[-n_entries:]]
-        layout = given.plan.layout(*tensors.x.shape[:2], parts)
-        return None, *_backward(given, layout, tensors, kept, results, entries, dresults, dentries).flat
+        saved, n_results, n_entries = iter(ctx.saved_tensors), len(ctx.given.results), ctx.n_entries
+        given, kept = ctx.given._replace(active=next(saved)), list(islice(saved, 2))
+        results, entries = list(islice(saved, n_results)), list(islice(saved, n_entries))
+        tensors = _Tensors.of(given, saved)
+        placed = _placed(given, tensors, results, entries)
+        given_back = [None if grad is None else grad.contiguous() for grad in grads]
+        placed |= {(AROUND, f"d{name}"): grad for name, grad in zip(given.results, given_back, strict=False)}
+        placed |= _by_layer(given.plan, "dentry", given_back[-n_entries:])
+        return None, *_backward(given, tensors, ctx.parts, kept, placed).flat
 
 
 def _forward(given: _Given, tensors: _Tensors, *, keep: bool) -> tuple[_Found, list[Tensor]]:
     """What is found, and what the way back needs, if it is to be kept: numbers and integers."""
     plan, x = given.plan, tensors.x
     parts = min(given.threads.n, x.shape[0] * x.shape[1])
-    layout = plan.layout(*x.shape[:2], parts)
+    layout = plan.layout(x, parts)
     needed = layout.sizes.scratch
     scratch = _scratch.room(needed if keep else needed + layout.sizes.kept)
     kept = plan.room(layout.sizes.kept) if keep else scratch[needed:]
     counted = torch.empty(layout.sizes.counted // 2, dtype=torch.int64, device="cpu")
-    results = [torch.empty_like(x), x.new_empty(x.shape[:2])][: given.n_results]
+    results = [torch.empty_like(x), x.new_empty(x.shape[:2])][: len(given.results)]
     loads = [counted[place].view(parts, -1) for place in layout.loads]
     shapes = [shape for layer in plan.layers for shape in layer.entries.values()]
     found = _Found(results, loads, [x.new_empty(*x.shape[:2], *shape) for shape in shapes])
@@ -235,73 +240,57 @@ def _forward(given: _Given, tensors: _Tensors, *, keep: bool) -> tuple[_Found, l
     return found, [kept, counted]
 
 
-def _backward(
-    given: _Given,
-    layout: Layout,
-    tensors: _Tensors,
-    kept: Sequence[Tensor],
-    results: Sequence[Tensor],
-    entries: Sequence[Tensor],
-    dresults: Sequence[Tensor | None],
-    dentries: Sequence[Tensor | None],
-) -> _Tensors:
-    """The gradients of all that a pass can be differentiated by."""
-    plan, (numbers, integers), x = given.plan, kept, tensors.x
+def _backward(given: _Given, tensors: _Tensors, parts: int, kept: Sequence[Tensor], placed: _Placed) -> _Tensors:
+    """The gradients of all that a pass can be differentiated by; what it was given and found, and more, is `placed`."""
+    plan, x = given.plan, tensors.x
+    layout = plan.layout(x, parts)
     scratch, gains = _scratch.room(layout.sizes.scratch), x.new_zeros(layout.sizes.gains)
-    matrices = [
-        {name: torch.empty_like(weight) for name, weight in own.items() if (k, name) not in layout.gains}
-        for k, own in enumerate(tensors.weights)
-    ]
-    dx, dbefore = torch.empty_like(x), [torch.empty_like(entry) for entry in tensors.before]
-    de = {"e": torch.empty_like(x)} if "e" in tensors.around else {}
-    dout, *dp = dresults
-    dout = torch.zeros_like(x) if dout is None else dout
-    placed = _placed(given, tensors, results, entries)
-    placed |= {**_by_layer(plan, "dentry", dentries), **_by_layer(plan, "dbefore", dbefore)}
-    placed |= {(AROUND, name): grad for name, grad in (("dout", dout), *(("dp", grad) for grad in dp))}
+
+    def room(k: int, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        places = {name: layout.gains.get((k, name)) for name in named}
+        return {
+            name: torch.empty_like(tensor) if places[name] is None else gains[places[name]].view(tensor.shape)
+            for name, tensor in named.items()
+        }
+
+    grads = _Tensors(
+        torch.empty_like(x),
+        [torch.empty_like(entry) for entry in tensors.before],
+        room(AROUND, tensors.around),
+        [room(k, weights) for k, weights in enumerate(tensors.weights)],
+    )
+    if placed[AROUND, "dout"] is None:
+        placed[AROUND, "dout"] = torch.zeros_like(x)
     if plan.around.is_loop:
-        placed |= {(AROUND, "dh"): dx, (AROUND, "de"): de["e"]}
+        placed |= {(AROUND, "dh"): grads.x, (AROUND, "de"): grads.around["e"]}
     else:
-        placed[0, "dx"] = dx
+        placed[0, "dx"] = grads.x
         if not plan.around.has_norm:
-            placed[len(plan.layers) - 1, "dy"] = dout
+            placed[len(plan.layers) - 1, "dy"] = placed[AROUND, "dout"]
+    placed |= _by_layer(plan, "dbefore", grads.before)
+    numbers, integers = kept
     memory = numbers.data_ptr(), scratch.data_ptr(), integers.data_ptr(), gains.data_ptr()
     passes, around = layout.described(memory, placed, given.rotations)
-    layers = plan.described(_with_constants(given, tensors))
+    layers, matrices = plan.described(_with_constants(given, tensors)), plan.described(grads.weights, gradients=True)
     with given.threads.lock:
-        kernels.backward(layers, plan.described(matrices, gradients=True), passes, around)
-
-    def gain(k: int, name: str, weight: Tensor) -> Tensor:
-        found = gains[layout.gains[k, name]]
-        return found.view(*weight.shape[::-1]).t() if name == "up" and k == AROUND else found.view(weight.shape)
-
-    return _Tensors(
-        dx,
-        dbefore,
-        {name: de[name] if name in de else gain(AROUND, name, weight) for name, weight in tensors.around.items()},
-        [
-            {name: own[name] if name in own else gain(k, name, weight) for name, weight in weights.items()}
-            for k, (own, weights) in enumerate(zip(matrices, tensors.weights, strict=True))
-        ],
-    )
+        kernels.backward(layers, matrices, passes, around)
+    return grads
 
 
-def _placed(
-    given: _Given, tensors: _Tensors, results: Sequence[Tensor], entries: Sequence[Tensor]
-) -> dict[tuple[int, str], Tensor | None]:
+def _placed(given: _Given, tensors: _Tensors, results: Sequence[Tensor], entries: Sequence[Tensor]) -> _Placed:
     """Where compiled code looks for what, by layer and name."""
     plan = given.plan
-    placed: dict[tuple[int, str], Tensor | None] = {(k, "active"): given.active for k in range(len(plan.layers))}
+    placed: _Placed = {(k, "active"): given.active for k in range(len(plan.layers))}
     placed |= {**_by_layer(plan, "entry", entries), **_by_layer(plan, "before", tensors.before)}
-    placed |= {(AROUND, name): tensor for name, tensor in zip(("out", "p"), results)}
+    placed |= {(AROUND, name): tensor for name, tensor in zip(given.results, results, strict=True)}
     placed |= {(AROUND, name): tensor for name, tensor in tensors.around.items()}
     placed[(AROUND, "h") if plan.around.is_loop else (0, "x")] = tensors.x
-    if results and not plan.around.changes_stream:
+    if not plan.around.changes_stream:
         placed[len(plan.layers) - 1, "y"] = results[0]
     return placed
 
 
-def _by_layer(plan: StagePlan, name: str, tensors: Sequence[Tensor | None]) -> dict[tuple[int, str], Tensor | None]:
+def _by_layer(plan: StagePlan, name: str, tensors: Sequence[Tensor | None]) -> _Placed:
     """Entries of all layers, or what is like them; or none."""
     names = [(k, f"{name}_{kind}") for k, layer in enumerate(plan.layers) for kind in range(len(layer.entries))]
     return dict(zip(names, tensors, strict=True)) if tensors else {}

@@ -1,7 +1,7 @@
 """The steps of a layer over many positions, forward and backward.
 
-Main entries: `project`, `attend`, `feed`; `feed_back`, `attend_back`, `project_back`, `weights_back`. Every step goes to
-all threads, a part of the rows, of the key heads or of the matrices to each.
+Main entries: `project`, `attend`, `feed`; `feed_back`, `attend_back`, `project_back`, `weights_back`. A step is told
+which of some layers it is about, and which part it does, of the rows, of the key heads or of the matrices.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from open_mythos.model.rows import Array
 
 
 @shared(LAYERS, PASSES, "int64", "int64")
-def project(layers: Any, passes: Any, k: int, part: int) -> None:
-    layer, p = layers[k], passes[k]
+def project(layers: Any, passes: Any, which: int, part: int) -> None:
+    layer, p = layers[which], passes[which]
     first, end = share_of(p.batch * p.seq, p, part)
     gain = vector_at(layer.attn_gain)
     x, normed = rows_at(p.x, first, end, gain.shape[0]), rows_at(p.normed, first, end, gain.shape[0])
@@ -94,8 +94,8 @@ def _of_item(layer: Any, p: Any, item: int) -> tuple[int, int, Array, Array, Arr
 
 
 @shared(LAYERS, PASSES, "int64", "int64")
-def attend(layers: Any, passes: Any, k: int, part: int) -> None:
-    layer, p = layers[k], passes[k]
+def attend(layers: Any, passes: Any, which: int, part: int) -> None:
+    layer, p = layers[which], passes[which]
     first_item, last_item = share_of(p.batch * p.n_kv, p, part)
     for item in range(first_item, last_item):
         _, head, q, k, v, mixed, lse = _of_item(layer, p, item)
@@ -103,8 +103,8 @@ def attend(layers: Any, passes: Any, k: int, part: int) -> None:
 
 
 @shared(LAYERS, PASSES, "int64", "int64")
-def attend_back(layers: Any, passes: Any, k: int, part: int) -> None:
-    layer, p = layers[k], passes[k]
+def attend_back(layers: Any, passes: Any, which: int, part: int) -> None:
+    layer, p = layers[which], passes[which]
     first_item, last_item = share_of(p.batch * p.n_kv, p, part)
     for item in range(first_item, last_item):
         first, head, q, k, v, _, lse = _of_item(layer, p, item)
@@ -127,8 +127,8 @@ def attend_back(layers: Any, passes: Any, k: int, part: int) -> None:
 
 
 @shared(LAYERS, PASSES, "int64", "int64")
-def project_back(layers: Any, passes: Any, k: int, part: int) -> None:
-    layer, p = layers[k], passes[k]
+def project_back(layers: Any, passes: Any, which: int, part: int) -> None:
+    layer, p = layers[which], passes[which]
     first, end = share_of(p.batch * p.seq, p, part)
     gain = vector_at(layer.attn_gain)
     dim = gain.shape[0]
@@ -151,8 +151,8 @@ def project_back(layers: Any, passes: Any, k: int, part: int) -> None:
 
 
 @shared(LAYERS, PASSES, "int64", "int64")
-def feed(layers: Any, passes: Any, k: int, part: int) -> None:
-    layer, p = layers[k], passes[k]
+def feed(layers: Any, passes: Any, which: int, part: int) -> None:
+    layer, p = layers[which], passes[which]
     first, end = share_of(p.batch * p.seq, p, part)
     out = matrix_at(layer.out)
     dim = out.shape[0]
@@ -164,8 +164,8 @@ def feed(layers: Any, passes: Any, k: int, part: int) -> None:
 
 
 @shared(LAYERS, PASSES, "int64", "int64")
-def feed_back(layers: Any, passes: Any, k: int, part: int) -> None:
-    layer, p = layers[k], passes[k]
+def feed_back(layers: Any, passes: Any, which: int, part: int) -> None:
+    layer, p = layers[which], passes[which]
     first, end = share_of(p.batch * p.seq, p, part)
     gain, out = vector_at(layer.ffn_gain), matrix_at(layer.out)
     dim = gain.shape[0]
@@ -189,9 +189,9 @@ def _weight_back(p: Any, part: int, grads: int, inputs: int, out: Array) -> None
 
 
 @shared(LAYERS, LAYERS, PASSES, "int64", "int64")
-def weights_back(layers: Any, gradients: Any, passes: Any, k: int, part: int) -> None:
+def weights_back(layers: Any, gradients: Any, passes: Any, which: int, part: int) -> None:
     """The gradients of this part of every matrix's rows."""
-    layer, grads, p = layers[k], gradients[k], passes[k]
+    layer, grads, p = layers[which], gradients[which], passes[which]
     n, parts, top_k = p.batch * p.seq, p.parts, layer.top_k
     if layer.is_latent:
         kv_up = stack_at(grads.kv_up)

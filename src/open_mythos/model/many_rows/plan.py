@@ -179,7 +179,7 @@ class Layout:
     """Where everything lies in a pass over sequences of one shape."""
 
     def __init__(self, layers: Sequence[LayerPlan], around: Around, dim: int, shape: tuple[int, int, int]) -> None:
-        """`shape` is sequences, positions of each, parts."""
+        """`shape` is how many sequences, positions of each and parts there are."""
         self._n = len(layers)
         # Addresses are counted from the beginning of a piece of memory, and nothing else from 0.
         self._words = np.zeros(self._n * _PASS_WORDS + AROUND_PASS.itemsize // 8, np.int64)
@@ -298,9 +298,9 @@ class StagePlan:
         self._layouts: dict[tuple[int, int, int], Layout] = {}
         self._free: list[Array] = []
 
-    def layout(self, batch: int, seq: int, parts: int) -> Layout:
-        """Where everything lies in a pass of that shape."""
-        shape = batch, seq, parts
+    def layout(self, x: Tensor, parts: int) -> Layout:
+        """Where everything lies in a pass over x (batch, seq, dim) that is done in so many parts."""
+        shape = x.shape[0], x.shape[1], parts
         if shape not in self._layouts:
             if len(self._layouts) == _MOST_LAYOUTS:
                 self._layouts.clear()
@@ -309,9 +309,7 @@ class StagePlan:
 
     def described(self, weights: Sequence[Mapping[str, Tensor]], *, gradients: bool = False) -> npt.NDArray[Any]:
         """The layers as compiled code knows them; see `LayerPlan.described`."""
-        lines = [
-            layer.described(own, gradients=gradients) for layer, own in zip(self.layers, weights, strict=True)
-        ]
+        lines = [layer.described(own, gradients=gradients) for layer, own in zip(self.layers, weights, strict=True)]
         return np.concatenate(lines).view(LAYER)
 
     def room(self, size: int) -> Tensor:

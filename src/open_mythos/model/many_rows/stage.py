@@ -1,7 +1,7 @@
 """Layers in a row and what stands around them, over many positions, forward and backward, on several threads.
 
-Main entries: `forward`, `backward`. Every step goes to all threads, a part to each. What stands around the layers is done
-with their first and last steps, while a part's rows are in its cache: to start threads for it would cost as much.
+Main entries: `forward`, `backward`. Every step goes to all threads, a part to each. What stands around the layers is
+done with their first and last steps, while a part's rows are in its cache: to start threads would cost as much.
 """
 
 from __future__ import annotations
