@@ -13,7 +13,7 @@ from torch import Tensor
 from open_mythos.config import MythosConfig
 from open_mythos.model.checks import check_loops
 from open_mythos.model.deeper import Deeper
-from open_mythos.model.many_rows.function import WholeStage
+from open_mythos.model.many_rows.function import _Stage
 from open_mythos.model.mythos import OpenMythos
 from tiny import random_ids, tiny_config, tiny_model
 
@@ -159,13 +159,13 @@ def test_depths_are_drawn_on_the_cpu_whatever_the_default_device() -> None:
 
 def test_deeper_sequences_go_through_compiled_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = _training(0.5), list[int]()
-    run = WholeStage.run
+    run = _Stage.run
 
-    def counted(self: WholeStage, x: Tensor, *arguments: Any) -> Tensor:
+    def counted(self: _Stage, x: Tensor, *arguments: Any) -> Tensor:
         calls.append(len(x))
         return run(self, x, *arguments)
 
-    monkeypatch.setattr(WholeStage, "run", counted)
+    monkeypatch.setattr(_Stage, "run", counted)
     torch.manual_seed(0)
     drawn = Deeper.drawn(0.5, torch.full((6,), 3))
     assert drawn is not None

@@ -42,15 +42,15 @@ VARIANTS: list[dict[str, Any]] = [
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """One entry for every layer that compiled code has computed."""
+    """One entry for every stage, loop or layer by itself that compiled code has computed."""
     made: list[object] = []
-    run = function.WholeStage.run
+    run = function._Stage.run
 
-    def spied(self: function.WholeStage, *args: Any) -> Tensor:
+    def spied(self: function._Stage, *args: Any) -> Tensor:
         made.append(self)
         return run(self, *args)
 
-    monkeypatch.setattr(function.WholeStage, "run", spied)
+    monkeypatch.setattr(function._Stage, "run", spied)
     return made
 
 
@@ -127,6 +127,141 @@ def test_hooks_around_layers_run_and_layers_are_compiled_as_before(
     assert len(calls) == n_calls
 
 
+@pytest.mark.parametrize("t", [0, 1])
+@pytest.mark.parametrize("attn_type", ["gqa", "mla"])
+def test_a_single_loop_in_which_some_have_halted(attn_type: str, t: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In loop 0, others see what these compute there; later, what they computed in their last loop."""
+    model = tiny_model(tiny_config(attn_type, recurrent_layers=2))
+    h, e, weights = torch.randn(3, 2, 7, model.config.dim).unbind()
+    active = torch.arange(14).view(2, 7) % 3 > 0
+
+    def found() -> dict[str, Tensor]:
+        model.zero_grad()
+        state, given, context = h.clone().requires_grad_(), e.clone().requires_grad_(), model.context(7)
+        if t:
+            model.loop_step(state, given, 0, context)
+        after = model.loop_step(state, given, t, context, active)
+        (after * weights).sum().backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return {"after": after.detach(), "h": state.grad, "e": given.grad, **grads}
+
+    ours = found()
+    by_modules(monkeypatch)
+    assert_same(ours, found())
+
+
+def test_stages_may_share_their_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(tiny_config("gqa"))
+    model.coda = model.prelude
+    ids = random_ids(model.config, 2, 9)
+    found = model(ids, 2)
+    by_modules(monkeypatch)
+    torch.testing.assert_close(found, model(ids, 2))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("norm.weight", "prelude_norm.weight", "recurrent.injection.B", "recurrent.injection.log_a"),
+        *("recurrent.adapter.settled", "recurrent.adapter.transient", "recurrent.adapter.decay_logit"),
+    ],
+)
+def test_weights_of_one_number_count_for_every_channel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(tiny_config("gqa"))
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, torch.nn.Parameter(torch.full((1,), 0.7)))
+    if own == "log_a":
+        model.recurrent.injection.log_dt = torch.nn.Parameter(torch.zeros(1))
+    ids = random_ids(model.config, 2, 9)
+    found = model(ids, 2)
+    by_modules(monkeypatch)
+    torch.testing.assert_close(found, model(ids, 2))
+
+
+def test_weights_of_other_sizes_are_refused() -> None:
+    model = tiny_model(tiny_config("gqa"))
+    ids = random_ids(model.config, 2, 9)
+    model.recurrent.act.halt.weight = torch.nn.Parameter(torch.zeros(1, 5))
+    with pytest.raises(RuntimeError):
+        model(ids, 2)
+    model = tiny_model(tiny_config("gqa"))
+    model.norm.weight = torch.nn.Parameter(torch.zeros(7))
+    with pytest.raises(RuntimeError):
+        model(ids, 2)
+
+
+def test_a_loop_may_be_without_layers() -> None:
+    model = tiny_model(tiny_config("gqa", lora_rank=0, loop_embedding=False))
+    model.recurrent.blocks = torch.nn.ModuleList()
+    h, e = torch.randn(2, 1, 4, model.config.dim).unbind()
+    assert torch.equal(model.loop_step(h, e, 0), model.recurrent.injection(h, e))
+
+
+def test_without_gradients_layers_share_their_memory() -> None:
+    config = tiny_config("gqa", prelude_layers=6)
+    model, x = tiny_model(config), torch.zeros(2, 9, config.dim)
+    with torch.no_grad():
+        model.encode(random_ids(config, 2, 9))
+        model.recurrent(x, torch.tensor([1, 1]), model.context(9))
+    six = plan._plans[model.prelude][1]
+    kept, not_kept = six.layout(x, 1), six.layout(x, 1, keep=False)
+    assert not_kept.sizes.kept == 0
+    assert not_kept.sizes.scratch < kept.sizes.scratch + kept.sizes.kept / 3
+
+
+def test_layouts_of_many_shapes_are_not_all_remembered() -> None:
+    config = tiny_config("gqa", max_seq_len=128)
+    model = tiny_model(config)
+    for seq in range(1, 80):
+        model(random_ids(config, 1, seq), 1)
+    assert len(plan._plans[model.recurrent][1]._layouts) <= plan._MOST_LAYOUTS
+
+
+def test_who_is_not_asked_has_no_gradient() -> None:
+    model = tiny_model(tiny_config("gqa"))
+    h, e = torch.randn(2, 2, 7, model.config.dim).unbind()
+    model.loop_step(h, e, 0).sum().backward()
+    assert model.recurrent.act.halt.weight.grad is None
+    assert model.recurrent.act.halt.bias.grad is None
+    assert model.recurrent.injection.B.grad is not None
+
+
+def test_the_ponder_cost_alone_has_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(tiny_config("gqa", act_threshold=0.6))
+    ids = random_ids(model.config, 2, 9)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(ids, 4, full_output=True).ponder_cost.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    found = gradients()
+    by_modules(monkeypatch)
+    expected = gradients()
+    assert {name for name, grad in expected.items() if grad.any()} <= found.keys()
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected.get(name, torch.zeros_like(grad)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_pass_that_halts_may_be_gone_back_twice_on_other_threads(recompute: bool) -> None:
+    model = tiny_model(tiny_config("gqa", act_threshold=0.6))
+    ids, parameters = random_ids(model.config, 3, 9), list(model.parameters())
+    context = model.context(9)
+    result = model.recurrent(model.encode(ids, context), torch.full((3,), 4), context, recompute=recompute)
+    total = result.state.square().sum() + result.ponder_cost
+    before = torch.get_num_threads()
+    once = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
+    try:
+        torch.set_num_threads(3 - before if before in (1, 2) else 1)
+        again = torch.autograd.grad(total, parameters, allow_unused=True)
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(once, again, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
 def test_a_norm_that_was_replaced_is_what_counts() -> None:
     model = tiny_model(tiny_config("gqa", halting="none"))
     ids = random_ids(model.config, 2, 9)
@@ -144,7 +279,7 @@ def test_a_state_of_zeros_halts_with_the_gradients_of_the_modules(monkeypatch: p
     def gradients() -> list[Tensor]:
         h, context = zeros.clone().requires_grad_(), model.context(3)
         state = model.loop_step(h, zeros, 0, context)
-        p = model.recurrent._halting_probabilities(state, context)
+        p = model.recurrent.halting_probabilities(state, context)
         assert p is not None
         return [p.detach(), *torch.autograd.grad((p * torch.arange(3)).sum(), [h, model.recurrent.act.halt.bias])]
 
@@ -191,21 +326,25 @@ def test_an_objective_with_loops_that_begin_later(
 
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
 def test_threads_change_no_number_and_companions_neither(attn_type: str) -> None:
-    """What stands around the layers is PyTorch's, whose products with few channels may differ in the last digit."""
-    model = tiny_model(tiny_config(attn_type, n_experts=8))
-    x = torch.randn(5, 12, model.config.dim)
-    address = CacheAddress("recurrent", 0)
+    model = tiny_model(tiny_config(attn_type, n_experts=8, lora_rank=5, recurrent_layers=2))
+    h, e = torch.randn(2, 5, 12, model.config.dim).unbind()
+    ids = random_ids(model.config, 5, 12)
 
-    def layer(x: Tensor) -> Tensor:
-        return model.recurrent.block(x, model.context(x.shape[1]), address)  # type: ignore[no-any-return]
+    def found(who: slice, seq: int) -> list[Tensor]:
+        context = model.context(seq)
+        state = model.loop_step(h[who, :seq], e[who, :seq], 3, context)
+        assert context.halting is not None
+        return [model.encode(ids[who, :seq]), state, context.halting.probabilities]
 
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = layer(x)
+        alone = found(slice(0, 5), 12)
         torch.set_num_threads(2)
-        assert torch.equal(layer(x), alone)
-        assert torch.equal(layer(x[2:3, :7]), alone[2:3, :7])
+        for one, other in zip(found(slice(0, 5), 12), alone, strict=True):
+            assert torch.equal(one, other)
+        for one, other in zip(found(slice(2, 3), 7), alone, strict=True):
+            assert torch.equal(one, other[2:3, :7])
     finally:
         torch.set_num_threads(before)
 
@@ -232,7 +371,7 @@ def test_what_a_pass_keeps_is_used_again() -> None:
     for _ in range(3):
         model(ids, 4).sum().backward()
         gc.collect()
-    free = plan._plans[model.recurrent][1]._free
+    free = plan._plans[model.recurrent][1].pool.free
     assert len(free) == 4  # one for each loop, of the first pass
     for seq in (3, 12, 5):
         model(random_ids(model.config, 2, seq), 4)
@@ -314,7 +453,7 @@ def test_without_gradients_nothing_is_kept() -> None:
     model = tiny_model(tiny_config("mla", halting="none"))
     ids = random_ids(model.config, 2, 9)
     expected = model(ids, 3).detach()
-    free = plan._plans[model.recurrent][1]._free
+    free = plan._plans[model.recurrent][1].pool.free
     gc.collect()
     free.clear()
     with torch.no_grad():
@@ -346,6 +485,9 @@ def test_what_does_not_fit_is_refused() -> None:
         model.encode(ids, model.context(4))
     with pytest.raises(RuntimeError):
         model.prelude[0](torch.zeros(4, 9, 3), model.context(9), CacheAddress("prelude", 0))
+    for shape in ((2, 9, 5), (2, 8, 16), (3, 9, 16)):
+        with pytest.raises(RuntimeError):
+            model.loop_step(torch.zeros(2, 9, 16), torch.zeros(shape), 0)
 
 
 def test_forward_mode_without_gradients_goes_through_the_modules() -> None:
@@ -482,6 +624,7 @@ def test_attention_of_any_size_equals_numpys_and_does_not_look_ahead() -> None:
             found = (out[:, own], lse[own], dq[:, own], dk[:, head], dv[:, head], dsink[own])
             for value, other in zip(found, expected, strict=True):
                 np.testing.assert_allclose(value, other, atol=2e-5 * max(1, np.abs(other).max()))
+            np.testing.assert_allclose(lse[own], expected[1], atol=2e-5, rtol=2e-5)
         assert np.array_equal(alone, out[:part])
         assert np.array_equal(lse_alone, lse[:, :part])
 
@@ -496,6 +639,15 @@ def test_what_is_not_a_number_stays_in_its_row() -> None:
     assert np.argwhere(np.isnan(lse)).tolist() == [[1, 20]]
     assert np.isnan(out[20, 1]).all()
     assert np.isnan(out).sum() == out.shape[2]
+
+
+def test_logarithms() -> None:
+    """Of how many keys of equal scores a query sees."""
+    assert Threads().use()
+    n = 3000
+    q, lse = np.zeros((n, 1, 4), np.float32), np.empty((1, n), np.float32)
+    attend(q, q, q, 0, n, np.float32(1), np.empty(0, np.float32), np.empty_like(q), lse)
+    np.testing.assert_allclose(lse[0], np.log(np.arange(1, n + 1)), rtol=2.5e-7)
 
 
 def test_exponentials() -> None:

@@ -60,9 +60,10 @@ def test_a_step_is_the_one_that_plain_pytorch_takes() -> None:
 
 
 def test_the_loss_falls() -> None:
+    """At three times the rate it does, too, but is large again now and then: by seed, whatever computes the layers."""
     optim = OptimConfig(learning_rate=1e-3)
     _, told = trained(steps=150, depth=Fixed(loops=3), optim=optim, source=small_source(32))
-    assert sum(told.losses[-10:]) < 0.93 * sum(told.losses[:10])
+    assert sum(told.losses[-10:]) < 0.6 * sum(told.losses[:10])
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])

@@ -73,14 +73,13 @@ def states_by_loop(
 
     With halting, a position still active at depth d gives the d-th state all the weight that ACT has not yet spent.
     """
-    act = model.recurrent.act
     e = model.encode(ids, context)
     h = model.recurrent.initial_state(e)
     halting = model.recurrent.accumulator(torch.full((ids.shape[0],), depths[-1], dtype=torch.int32), e)
     for t in range(depths[-1]):
         if not halting.finished:
             h = model.loop_step(h, e, t, context, halting.active(t))
-            halting.update(h, None if act is None else act(h), t)
+            halting.update(h, model.recurrent.halting_probabilities(h, context), t)
         if t + 1 in depths:
             yield t + 1, halting.output_if_ended(h)
 

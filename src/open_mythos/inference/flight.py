@@ -77,9 +77,10 @@ class Flight:
 
     def keep(self, lines: Bools) -> None:
         """Remove all others."""
-        if lines.all():
+        n = np.count_nonzero(lines)  # a fourth of the time of `all` or `any`
+        if n == len(lines):
             return
-        if not lines.any():
+        if n == 0:
             self._clear()
             return
         self._running = None

@@ -109,7 +109,7 @@ class Runner:
         """Loops after which nobody is asked who halts, up to `most`, or until one does: how many."""
         flight, lines, index = self.flight, company.running.lines, company.chosen
         loops, left = flight.loop[lines], flight.most[lines] - flight.loop[lines]
-        n_loops, stops = min(most, int(left.min())), np.zeros(len(lines), np.bool_)
+        n_loops, stops = min(most, *left.tolist()), np.zeros(len(lines), np.bool_)
         _place(context.lanes, n_loops)
         h, e = _of(flight.h, index).numpy().copy(), _of(flight.e, index).numpy()
         progress = Progress(lines, flight.mass.numpy(), flight.output.numpy(), stops, left)
@@ -177,7 +177,7 @@ class Runner:
 
     def _index(self, lines: Ints) -> Tensor | None:
         """Lines of the flight as an index of its tensors; None for all of them in order."""
-        if len(lines) == len(self.flight) and (lines[1:] > lines[:-1]).all():
+        if lines.tolist() == list(range(len(self.flight))):
             return None
         return self._there(lines)
 
@@ -186,7 +186,7 @@ class Runner:
         flight = self.flight
         if self.model.recurrent.act is None:
             states = flight.h
-        elif flight.active.any():
+        elif np.count_nonzero(flight.active):
             rest = (1 - flight.mass) * self._there(flight.active)
             states = torch.addcmul(flight.output, rest.unsqueeze(-1), flight.h)
         else:

@@ -39,29 +39,17 @@ class Places:
         self.each, self.window = each, window
         self.sizes = [1 if isinstance(at, int) else len(at) for at in each]
         self.n = sum(self.sizes)
-
-    @cached_property
-    def positions(self) -> Rows:
+        self.positions: Rows = np.array(each, np.int64).ravel() if self.n == len(each) else np.hstack(each)
         """Of every lane, in order."""
-        if self.n == len(self.each):
-            return np.array(self.each, np.int64).reshape(-1)
-        return np.concatenate([np.atleast_1d(at) for at in self.each])
-
-    @cached_property
-    def counts(self) -> Rows:
-        """How many keys each position sees."""
         ends = self.positions + 1
-        return ends if self.window is None else np.minimum(ends, self.window)
-
-    @cached_property
-    def longest(self) -> int:
+        self.end = max(ends.tolist())
+        """Behind the last of them."""
+        self.counts = ends if window is None else np.minimum(ends, window)
+        """How many keys each position sees."""
+        self.longest = self.end if window is None else min(self.end, window)
         """The most of them."""
-        return int(self.counts.max())
-
-    @cached_property
-    def before(self) -> Rows:
+        self.before = self.positions.itemsize * (ends - self.counts)
         """In a list of a request's rows, how many bytes lie before those that each position sees."""
-        return self.positions.itemsize * (self.positions + 1 - self.counts)
 
 
 class _Group(NamedTuple):
@@ -115,7 +103,7 @@ class WaveContext(ForwardContext):
         """Cosines and sines of every position, (n_new, dim)."""
         if not self.config.use_rope:
             return self._rotations_at(self._places.positions)
-        n = 1 << int(self._places.positions.max()).bit_length()  # more than is asked for, so that few tables are made
+        n = 1 << (self._places.end - 1).bit_length()  # more than is asked for, so that few tables are made
         table = self.constant(("rotations of all", n), lambda: self._rotations_at(np.arange(n)))
         return table[self._places.positions]
 

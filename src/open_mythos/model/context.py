@@ -55,18 +55,18 @@ StandIn = Callable[..., Tensor]
 
 
 class WholeLayers(Protocol):
-    """Finds what computes whole layers over whole sequences."""
+    """Finds what computes layers, and what stands around them, over whole sequences."""
 
     def layer(self, block: Any, x: Tensor, context: ForwardContext) -> StandIn | None:
         """What computes the block's output for x, its entries and its experts' load; None if the block has to."""
         ...
 
     def stage(self, blocks: Any, norm: Any, x: Tensor, context: ForwardContext) -> StandIn | None:
-        """What computes several blocks and a norm after them, for x; None if they have to."""
+        """The same for several blocks and a norm after them."""
         ...
 
     def loop(self, recurrent: Any, h: Tensor, e: Tensor, context: ForwardContext) -> StandIn | None:
-        """What computes a loop from h and e, all of the above, and who halts; None if the recurrent block has to."""
+        """The same for a loop, from the state h and the encoded input e; it leaves `halting` with the context."""
         ...
 
 
@@ -94,9 +94,11 @@ class ForwardContext:
         self.stand_ins: Mapping[nn.Module, StandIn] = {}
         """In a pass over few positions: what stands in for a module."""
         self.whole_layers: WholeLayers | None = None
-        """In a pass over whole sequences: what finds a stand-in for a layer."""
+        """In a pass over whole sequences: what finds a stand-in for layers and loops."""
         self.injected: Injected | None = None
+        """What the loops of this pass share, once one has begun."""
         self.halting: Halting | None = None
+        """What the last loop found, if what computed it finds halting probabilities, too."""
         self.config = config
         self.constants = {} if constants is None else constants
         self._masks: dict[int | None, AttentionMask] = {}

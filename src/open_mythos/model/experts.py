@@ -83,7 +83,8 @@ class MoEFFN(nn.Module):
     def _all_is_better(self, x: Tensor) -> bool:
         """With few experts one wide product beats sorting; it is also the form that any derivative goes through."""
         sizes, dtype = (x.shape[-1], self.down.shape[1]), _product_dtype(x)
-        grouped = all(size * dtype.itemsize % 16 == 0 for size in sizes)  # grouped_mm's rule
+        # grouped_mm's rules
+        grouped = all(size * dtype.itemsize % 16 == 0 for size in sizes) and dtype != torch.float64
         if torch.compiler.is_compiling():
             grouped = grouped and dtype == torch.bfloat16  # its rule for being traced
         return self.n_experts <= 2 * self.topk or not grouped or elementary_only()

@@ -119,6 +119,13 @@ class RecurrentBlock(nn.Module):
             x = x + self.adapter(x - u, index, context)
         return x if active is None else torch.where(active.unsqueeze(-1), x, h)
 
+    def halting_probabilities(self, h: Tensor, context: ForwardContext) -> Tensor | None:
+        """What positions halt with, (batch, seq), given the state h that `step` has just returned; None without ACT."""
+        if self.act is None:
+            return None
+        known = context.halting
+        return known.probabilities if known is not None and known.state is h else context.layer(self.act)(h)
+
     def forward(
         self,
         e: Tensor,
@@ -155,7 +162,7 @@ class RecurrentBlock(nn.Module):
                     h = self._recomputed(loop, h, e, context, halted=active is not None)
                 else:
                     h = loop(h, e)
-                p = self._halting_probabilities(h, context)
+                p = self.halting_probabilities(h, context)
                 halting.update(h, p, t)
             if keep_probabilities and p is not None:
                 probabilities.append(p)
@@ -164,12 +171,6 @@ class RecurrentBlock(nn.Module):
         kept = torch.stack(probabilities) if probabilities else None
         movement = self._movement(h, e, budget, context, recompute=recompute and learning) if measure_movement else None
         return LoopResult(halting.output, halting.exit_loops, halting.ponder_cost, kept, movement)
-
-    def _halting_probabilities(self, h: Tensor, context: ForwardContext) -> Tensor | None:
-        if self.act is None:
-            return None
-        known = context.halting
-        return known.probabilities if known is not None and known.state is h else context.layer(self.act)(h)
 
     def _movement(
         self, h: Tensor, e: Tensor, budget: LoopBudget, context: ForwardContext, *, recompute: bool

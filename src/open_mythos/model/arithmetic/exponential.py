@@ -86,7 +86,7 @@ def exp(x: np.float32) -> np.float32:
 
 
 def _plus(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """`a * b + c`, of which b and c may be numbers, rounded once."""
+    """`a * b + c`, of which b and c may be numbers; rounded once, where the processor can."""
     b, c = (value if isinstance(value, ir.Value) else ir.Constant(a.type, value) for value in (b, c))
     return builder.fadd(builder.fmul(a, b, flags=_IN_ORDER), c, flags=_IN_ORDER)
 

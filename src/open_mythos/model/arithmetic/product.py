@@ -231,6 +231,8 @@ def _flat(_context: Any, x: Any) -> Any:
         populate_array(found, shape=[source.nitems], strides=[source.itemsize], **shared)
         return impl_ret_borrowed(context, builder, signature.return_type, found._getvalue())
 
+    if x.layout != "C":
+        return None  # which Numba takes for: there is no such function of this
     return types.Array(x.dtype, 1, "C")(x), generate
 
 

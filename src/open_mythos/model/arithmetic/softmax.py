@@ -1,9 +1,9 @@
 """Softmax and its gradient for as many queries as a register has numbers, in LLVM's own terms.
 
-Main entries: `weigh`, `weigh_back`. Scores are a row for each of n keys, so many numbers apart as `row` says, and a
-column for each query: a register has one number of each, and nothing is ever summed up across a register. Queries come
-in groups of `group` columns that see the same keys: column c sees key j if `age + c - j * group`, how many columns it
-is behind the first that sees it, is at least 0 and less than `reach`.
+Main entries: `weigh`, `weigh_back`. An array is followed by where in it to begin. Scores are a row for each of n keys,
+so many numbers apart as `row` says, and a column for each query: a register has one of each, and nothing is ever summed
+up across a register. Queries come in groups of `group` columns that see the same keys: column c sees key j if
+`age + c - j * group`, how many columns it is behind the first that sees it, is at least 0 and less than `reach`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _ZEROS, _LEAST = ir.Constant(REGISTER, 0.0), ir.Constant(REGISTER, -math.inf)
 
 
 def _weigh(
-    _context: Any, scores: Any, first: Any, row: Any, n: Any, age: Any, group: Any, reach: Any, logs: Any, at: Any
+    _context: Any, scores: Any, first: Any, row: Any, n: Any, age: Any, group: Any, reach: Any, logs: Any, logs_at: Any
 ) -> Any:
-    """Weights in place of the scores, 0 where a key is not seen; the logarithms of their sums to `logs` from `at` on.
+    """Weights in place of the scores, 0 where a key is not seen; the logarithms of their sums to `logs`.
 
     Before, these are logits of what each query sees besides.
     """
@@ -57,7 +57,7 @@ def _weigh(
             write(builder, builder.fmul(read(builder, target), part), target)
         return context.get_dummy_value()
 
-    return types.void(scores, first, row, n, age, group, reach, logs, at), generate
+    return types.void(scores, first, row, n, age, group, reach, logs, logs_at), generate
 
 
 weigh: Callable[..., None] = intrinsic(_weigh)  # type: ignore[assignment]
@@ -68,16 +68,16 @@ def _weigh_back(
     scores: Any,
     first: Any,
     grads: Any,
-    start: Any,
+    grads_at: Any,
     row: Any,
     n: Any,
     age: Any,
     group: Any,
     reach: Any,
     logits: Any,
-    place: Any,
+    logits_at: Any,
     logs: Any,
-    at: Any,
+    logs_at: Any,
 ) -> Any:
     """Weights again in place of the scores; the scores' gradients in place of the weights', the logits' in theirs."""
 
@@ -100,7 +100,8 @@ def _weigh_back(
         write(builder, builder.fneg(builder.fmul(weight, mean)), logits)
         return context.get_dummy_value()
 
-    return types.void(scores, first, grads, start, row, n, age, group, reach, logits, place, logs, at), generate
+    where = scores, first, grads, grads_at, row, n, age, group, reach, logits, logits_at, logs, logs_at
+    return types.void(*where), generate
 
 
 weigh_back: Callable[..., None] = intrinsic(_weigh_back)  # type: ignore[assignment]

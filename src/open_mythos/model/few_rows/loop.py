@@ -79,7 +79,7 @@ class FewRowsLoop:
         `loops`, (n,) or (1,) for all, is t as each position counts its loops. Without `progress`, nobody stops.
         """
         a, up = context.constant(self, self._of_weights)
-        embeddings, scales = self._of_loops(int(loops.max()) + n_loops, context)
+        embeddings, scales = self._of_loops(max(loops.tolist()) + n_loops, context)
         first = CacheAddress("recurrent", 0, t)
         halting, where = (_NEVER, _NOWHERE) if progress is None else (self._halting, progress)
         blocks = self._blocks.given(context, first, n_loops)

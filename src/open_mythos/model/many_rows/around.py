@@ -1,6 +1,6 @@
 """What stands around the layers of a stage, for a part of the rows: a loop's injection, adapter and halting, or a norm.
 
-Main entries: `begin`, `finish`, `finish_back`, `begin_back`. A stage without them has neither.
+Main entries: `begin`, `finish`, `finish_back`, `begin_back`, which do nothing where nothing stands around the layers.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def begin_back(arounds: Any, passes: Any, part: int) -> None:
     if around.h:
         first, end = share_of(p.batch * p.seq, p, part)
         du = rows_at(p.dx, first, end, dim)
-        if around.apart:
+        if around.rank:
             _join(around, p, first, end, du)
         h, e = rows_at(around.h, first, end, dim), rows_at(around.e, first, end, dim)
         dh, de = rows_at(around.dh, first, end, dim), rows_at(around.de, first, end, dim)
@@ -234,15 +234,13 @@ def begin_back(arounds: Any, passes: Any, part: int) -> None:
             apart, active = rows_at(around.apart, first, end, dim), active_at(p, first, end)
             for i in range(end - first):
                 if not active[i]:
-                    copied(apart[i], dh[i])
+                    add_to(apart[i], dh[i])
 
 
 @compiled
 def _join(around: Any, p: Any, first: int, end: int, du: Array) -> None:
-    """Add to the gradient what went around the layers; nothing of rows that are not active reaches what they read."""
+    """Add to the gradient what went around the layers, where a row is active: else it is the state's."""
     apart = rows_at(around.apart, first, end, around.dim)
     for i in range(end - first):
-        if p.active and not active_at(p, first, end)[i]:
-            du[i] = 0
-        elif around.rank:
+        if not p.active or active_at(p, first, end)[i]:
             add_to(apart[i], du[i])

@@ -18,7 +18,8 @@ from open_mythos.model.cache import CacheAddress
 from open_mythos.model.context import ForwardContext, Halting
 from open_mythos.model.few_rows.layers import known_of
 from open_mythos.model.many_rows import stage as kernels
-from open_mythos.model.many_rows.plan import AROUND, Around, Scratch, StagePlan, plan_of, weights_of
+from open_mythos.model.many_rows.memory import Scratch
+from open_mythos.model.many_rows.plan import OUTSIDE, Around, StagePlan, plan_of, weights_of
 from open_mythos.model.norm import RMSNorm
 from open_mythos.model.recurrent import RecurrentBlock
 from open_mythos.model.rows import Array
@@ -37,16 +38,9 @@ class _Given(NamedTuple):
     """What layers have beside their weights, by the names of compiled code."""
     rotations: Array
     threads: Threads
-    around: tuple[str, ...]
-    """What there is of what stands around them."""
     n_before: int
     """Entries of the loop before, for what is not active."""
     active: Tensor | None
-
-    @property
-    def results(self) -> tuple[str, ...]:
-        """By name, what comes out: the next state or stream, and where positions may halt their probabilities to."""
-        return ("out", "p") if "halt" in self.around else ("out",)
 
 
 class _Tensors(NamedTuple):
@@ -66,7 +60,7 @@ class _Tensors(NamedTuple):
         return cls(
             next(tensors),
             list(islice(tensors, given.n_before)),
-            _named(given.around, tensors),
+            _named(given.plan.around.given, tensors),
             [_named(layer.names, tensors) for layer in given.plan.layers],
         )
 
@@ -88,35 +82,19 @@ class _Found(NamedTuple):
     """Of all layers one after another."""
 
 
-class WholeStage:
-    """Computes what layers in a row do, for all positions of sequences without a past; and a norm after them."""
+class _Stage:
+    """Layers in a row and what stands around them, for all positions of sequences without a past."""
 
-    def __init__(
-        self,
-        stage: nn.Module,
-        blocks: Iterable[Block],
-        threads: Threads,
-        norm: RMSNorm | None = None,
-        around: Around | None = None,
-    ) -> None:
+    def __init__(self, stage: nn.Module, blocks: Iterable[nn.Module], threads: Threads, around: Around) -> None:
         """For one pass: weights may change between passes only. Plans are kept with `stage`."""
-        blocks = list(blocks)
-        known = [known_of(block) for block in blocks]
-        self._weights = [weights_of(block, own) for block, own in zip(blocks, known, strict=True)]
+        layers: list[Block] = list(blocks)  # type: ignore[arg-type]
+        known = [known_of(block) for block in layers]
+        self._weights = [weights_of(block, own) for block, own in zip(layers, known, strict=True)]
         self._constants = [
             {name: x for name, x in own.items() if isinstance(x, Tensor) and name not in weights}
             for own, weights in zip(known, self._weights, strict=True)
         ]
-        self._norm = {} if norm is None else {"norm_gain": norm.weight}
-        if around is None:
-            around = Around() if norm is None else Around(has_norm=True, norm_eps=norm.eps)
-        self._plan, self._threads = plan_of(stage, blocks, known, around), threads
-
-    def __call__(
-        self, x: Tensor, context: ForwardContext, address: CacheAddress, active: Tensor | None = None
-    ) -> Tensor:
-        """(batch, seq, dim) to the same shape; `active` (batch, seq) marks positions that have not halted."""
-        return self.run(x, self._norm, context, address, active)[0]
+        self._plan, self._threads = plan_of(stage, layers, known, around), threads
 
     def run(
         self,
@@ -140,11 +118,11 @@ class WholeStage:
             if first.loop > 0:
                 old = [tensor.contiguous() for address in addresses for tensor in store.before(address).values()]
         assert all(tensor.shape[:2] == x.shape[:2] for tensor in old), "what is read by its address must have its size"
-        given = _Given(plan, self._constants, context.rotations, self._threads, tuple(around), len(old), active)
+        given = _Given(plan, self._constants, context.rotations, self._threads, len(old), active)
         tensors = _Tensors(x, old, dict(around), self._weights).flat
         if torch.is_grad_enabled():
             flat = _StagePass.apply(given, *tensors)
-            n, n_layers = len(given.results), len(addresses)
+            n, n_layers = len(plan.around.results), len(addresses)
             found = _Found(flat[:n], flat[n : n + n_layers], flat[n + n_layers :])
         else:
             found, _ = _forward(given, _Tensors.of(given, tensors), keep=False)
@@ -156,15 +134,39 @@ class WholeStage:
         return found.results
 
 
+class WholeStage:
+    """Computes what layers in a row do, and a norm after them, if there is one."""
+
+    def __init__(
+        self, stage: nn.Module, blocks: Iterable[nn.Module], threads: Threads, norm: RMSNorm | None = None
+    ) -> None:
+        """For one pass: weights may change between passes only. Plans are kept with `stage`."""
+        around = Around() if norm is None else Around(("norm_gain",), norm_eps=norm.eps)
+        self._stage = _Stage(stage, blocks, threads, around)
+        self._around = {} if norm is None else {"norm_gain": norm.weight}
+
+    def __call__(
+        self, x: Tensor, context: ForwardContext, address: CacheAddress, active: Tensor | None = None
+    ) -> Tensor:
+        """(batch, seq, dim) to the same shape; `active` (batch, seq) marks positions that have not halted."""
+        return self._stage.run(x, self._around, context, address, active)[0]
+
+
 class WholeLoop:
     """Computes what `RecurrentBlock.step` does, and halting probabilities with it."""
 
     def __init__(self, recurrent: RecurrentBlock, threads: Threads) -> None:
         """For one pass: weights may change between passes only."""
         self._recurrent, adapter, act = recurrent, recurrent.adapter, recurrent.act
-        rank = 0 if adapter is None else adapter.settled.shape[0]
-        around = Around(is_loop=True, rank=rank, halt_eps=0.0 if act is None else act.eps)
-        self._stage = WholeStage(recurrent, recurrent.blocks, threads, around=around)  # type: ignore[arg-type]
+        weights = ["a", "b"]
+        if recurrent.loop_embedding is not None:
+            weights.append("embedding")
+        if adapter is not None:
+            weights += ["down", "up", "scale"]
+        if act is not None:
+            weights += ["halt", "bias"]
+        rank, eps = 0 if adapter is None else len(adapter.settled), 0.0 if act is None else act.eps
+        self._stage = _Stage(recurrent, recurrent.blocks, threads, Around(tuple(weights), rank, halt_eps=eps))
 
     def __call__(
         self, h: Tensor, e: Tensor, t: int, context: ForwardContext, active: Tensor | None, index: int
@@ -208,27 +210,31 @@ class _StagePass(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, n_results, n_entries = iter(ctx.saved_tensors), len(ctx.given.results), ctx.n_entries
+        results, n_entries = ctx.given.plan.around.results, ctx.n_entries
+        saved = iter(ctx.saved_tensors)
         given, kept = ctx.given._replace(active=next(saved)), list(islice(saved, 2))
-        results, entries = list(islice(saved, n_results)), list(islice(saved, n_entries))
+        found, entries = list(islice(saved, len(results))), list(islice(saved, n_entries))
         tensors = _Tensors.of(given, saved)
-        placed = _placed(given, tensors, results, entries)
+        placed = _placed(given, tensors, found, entries)
         given_back = [None if grad is None else grad.contiguous() for grad in grads]
-        placed |= {(AROUND, f"d{name}"): grad for name, grad in zip(given.results, given_back, strict=False)}
+        dresults = dict(zip(results, given_back[: len(results)], strict=True))
+        placed |= {(OUTSIDE, f"d{name}"): grad for name, grad in dresults.items()}
         placed |= _by_layer(given.plan, "dentry", given_back[-n_entries:])
-        return None, *_backward(given, tensors, ctx.parts, kept, placed).flat
+        flat: list[Tensor | None] = [*_backward(given, tensors, ctx.parts, kept, placed).flat]
+        if "p" in results and dresults["p"] is None:  # nobody asked who halts, which is no gradient, not one of zero
+            for name in ("halt", "bias"):
+                flat[1 + given.n_before + given.plan.around.given.index(name)] = None
+        return None, *flat
 
 
 def _forward(given: _Given, tensors: _Tensors, *, keep: bool) -> tuple[_Found, list[Tensor]]:
-    """What is found, and what the way back needs, if it is to be kept: numbers and integers."""
+    """What is found, and what the way back needs, numbers and integers: nothing if it is not to be kept."""
     plan, x = given.plan, tensors.x
     parts = min(given.threads.n, x.shape[0] * x.shape[1])
-    layout = plan.layout(x, parts)
-    needed = layout.sizes.scratch
-    scratch = _scratch.room(needed if keep else needed + layout.sizes.kept)
-    kept = plan.room(layout.sizes.kept) if keep else scratch[needed:]
+    layout = plan.layout(x, parts, keep=keep)
+    scratch, kept = _scratch.room(layout.sizes.scratch), plan.pool.room(layout.sizes.kept)
     counted = torch.empty(layout.sizes.counted // 2, dtype=torch.int64, device="cpu")
-    results = [torch.empty_like(x), x.new_empty(x.shape[:2])][: len(given.results)]
+    results = [torch.empty_like(x), *(x.new_empty(x.shape[:2]) for _ in plan.around.results[1:])]
     loads = [counted[place].view(parts, -1) for place in layout.loads]
     shapes = [shape for layer in plan.layers for shape in layer.entries.values()]
     found = _Found(results, loads, [x.new_empty(*x.shape[:2], *shape) for shape in shapes])
@@ -256,17 +262,17 @@ def _backward(given: _Given, tensors: _Tensors, parts: int, kept: Sequence[Tenso
     grads = _Tensors(
         torch.empty_like(x),
         [torch.empty_like(entry) for entry in tensors.before],
-        room(AROUND, tensors.around),
+        room(OUTSIDE, tensors.around),
         [room(k, weights) for k, weights in enumerate(tensors.weights)],
     )
-    if placed[AROUND, "dout"] is None:
-        placed[AROUND, "dout"] = torch.zeros_like(x)
+    if placed[OUTSIDE, "dout"] is None:
+        placed[OUTSIDE, "dout"] = torch.zeros_like(x)
     if plan.around.is_loop:
-        placed |= {(AROUND, "dh"): grads.x, (AROUND, "de"): grads.around["e"]}
+        placed |= {(OUTSIDE, "dh"): grads.x, (OUTSIDE, "de"): grads.around["e"]}
     else:
         placed[0, "dx"] = grads.x
         if not plan.around.has_norm:
-            placed[len(plan.layers) - 1, "dy"] = placed[AROUND, "dout"]
+            placed[len(plan.layers) - 1, "dy"] = placed[OUTSIDE, "dout"]
     placed |= _by_layer(plan, "dbefore", grads.before)
     numbers, integers = kept
     memory = numbers.data_ptr(), scratch.data_ptr(), integers.data_ptr(), gains.data_ptr()
@@ -282,9 +288,9 @@ def _placed(given: _Given, tensors: _Tensors, results: Sequence[Tensor], entries
     plan = given.plan
     placed: _Placed = {(k, "active"): given.active for k in range(len(plan.layers))}
     placed |= {**_by_layer(plan, "entry", entries), **_by_layer(plan, "before", tensors.before)}
-    placed |= {(AROUND, name): tensor for name, tensor in zip(given.results, results, strict=True)}
-    placed |= {(AROUND, name): tensor for name, tensor in tensors.around.items()}
-    placed[(AROUND, "h") if plan.around.is_loop else (0, "x")] = tensors.x
+    placed |= {(OUTSIDE, name): tensor for name, tensor in zip(plan.around.results, results, strict=True)}
+    placed |= {(OUTSIDE, name): tensor for name, tensor in tensors.around.items()}
+    placed[(OUTSIDE, "h") if plan.around.is_loop else (0, "x")] = tensors.x
     if not plan.around.changes_stream:
         placed[len(plan.layers) - 1, "y"] = results[0]
     return placed

@@ -5,20 +5,19 @@ Main entries: `StagePlan`, `plan_of`.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, finalize
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 from open_mythos.model.block import Block
 from open_mythos.model.few_rows.layers import LAYER, Known
 from open_mythos.model.latent_attention import MLAttention
 from open_mythos.model.many_rows.around import AROUND_PASS, AROUND_WEIGHTS
+from open_mythos.model.many_rows.memory import MOST_HELD, Pool
 from open_mythos.model.many_rows.views import KEPT, PASS, SCRATCH
 from open_mythos.model.rows import Array, Rows, as_dimensions
 
@@ -27,9 +26,6 @@ _GAINS = ("attn_gain", "ffn_gain", "qk_gain", "q_gain", "kv_gain")
 
 _ALIGNED = 16
 """Numbers in a line of the caches: where arrays begin."""
-
-_MOST_HELD = 2**24
-"""Numbers in a piece of memory that is held for the next pass; more is given back."""
 
 _MOST_LAYOUTS = 64
 """Of so many shapes a plan remembers the layout."""
@@ -137,24 +133,45 @@ class LayerPlan:
 
 
 class Around(NamedTuple):
-    """What stands around the layers of a stage: what there is not is 0."""
+    """What stands around the layers of a stage."""
 
-    is_loop: bool = False
+    weights: tuple[str, ...] = ()
+    """Some of `AROUND_WEIGHTS`."""
     rank: int = 0
-    """Of the adapter."""
-    has_norm: bool = False
+    """Of the adapter; 0 is none."""
     halt_eps: float = 0.0
     norm_eps: float = 0.0
+
+    @property
+    def is_loop(self) -> bool:
+        """Whether a state and an encoded input enter the stage, in place of a stream."""
+        return "a" in self.weights
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether a norm follows the last layer."""
+        return "norm_gain" in self.weights
 
     @property
     def changes_stream(self) -> bool:
         """Whether the last layer's stream is not yet the result."""
         return self.rank > 0 or self.has_norm
 
+    @property
+    def given(self) -> tuple[str, ...]:
+        """By name, what a pass is given beside a state or a stream."""
+        return ("e", *self.weights) if self.is_loop else self.weights
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """By name, what comes out: the next state or the stream, and the probabilities that positions halt, if any."""
+        return ("out", "p") if "halt" in self.weights else ("out",)
+
     def widths(self, dim: int) -> dict[str, int]:
-        """Of each weight that there may be, how many numbers."""
+        """How many numbers each weight has."""
         of_rank = {"scale": self.rank, "down": self.rank * dim, "up": self.rank * dim}
-        return {**dict.fromkeys(AROUND_WEIGHTS, dim), **of_rank, "bias": 1}
+        widths = {**dict.fromkeys(AROUND_WEIGHTS, dim), **of_rank, "bias": 1}
+        return {name: widths[name] for name in self.weights}
 
 
 class Sizes(NamedTuple):
@@ -171,15 +188,21 @@ class Sizes(NamedTuple):
 
 
 _KEPT, _SCRATCH, _COUNTED, _GAINS_MEMORY = range(1, 5)
-AROUND = -1
+OUTSIDE = -1
 """What stands around the layers, where a layer's number is asked for."""
 
 
 class Layout:
     """Where everything lies in a pass over sequences of one shape."""
 
-    def __init__(self, layers: Sequence[LayerPlan], around: Around, dim: int, shape: tuple[int, int, int]) -> None:
-        """`shape` is how many sequences, positions of each and parts there are."""
+    def __init__(
+        self, layers: Sequence[LayerPlan], around: Around, dim: int, shape: tuple[int, int, int], *, keep: bool
+    ) -> None:
+        """`shape` is how many sequences, positions of each and parts there are.
+
+        Unless the way back needs it and asks to `keep` it, what a layer finds makes room for what the next one does.
+        """
+        self._kept = _KEPT if keep else _SCRATCH
         self._n = len(layers)
         # Addresses are counted from the beginning of a piece of memory, and nothing else from 0.
         self._words = np.zeros(self._n * _PASS_WORDS + AROUND_PASS.itemsize // 8, np.int64)
@@ -201,7 +224,7 @@ class Layout:
         self.sizes = Sizes(*self._sizes[1:])
 
     def _cell(self, k: int, name: str) -> int:
-        return self._n * _PASS_WORDS + _AROUND_FIELDS[name] if k == AROUND else k * _PASS_WORDS + _FIELDS[name]
+        return self._n * _PASS_WORDS + _AROUND_FIELDS[name] if k == OUTSIDE else k * _PASS_WORDS + _FIELDS[name]
 
     def _place(self, k: int, name: str, memory: int, numbers: int) -> None:
         """Memory for so many numbers, in whole lines."""
@@ -217,7 +240,7 @@ class Layout:
         batch, seq, parts = self._shape
         n, (kept, scratch) = batch * seq, layer.per_row
         for name, width in kept.items():
-            self._place(k, name, _KEPT, n * width)
+            self._place(k, name, self._kept, n * width)
         for name, width in scratch.items():
             self._place(k, name, _SCRATCH, n * width)
         for name, integers in (("ends", parts * layer.n_experts), ("owners", n * layer.top_k)):
@@ -243,34 +266,37 @@ class Layout:
         """What goes from layer to layer, and its gradients; what is neither placed here nor a layer's own is given."""
         size, last = self._shape[0] * self._shape[1] * dim, self._n - 1
         if around.is_loop:
-            self._place(0, "x", _KEPT, size)
+            self._place(0, "x", self._kept, size)
             self._place(0, "dx", _SCRATCH, size)
         for k in range(last):
-            self._place(k, "y", _KEPT, size)
+            if k > 1 and self._kept == _SCRATCH:
+                self._same(k, "y", k - 2, "y")
+            else:
+                self._place(k, "y", self._kept, size)
             self._same(k + 1, "x", k, "y")
             self._place(k, "dy", _SCRATCH, size)
             self._same(k + 1, "dx", k, "dy")
         if around.changes_stream:
-            self._place(last, "y", _KEPT, size)
+            self._place(last, "y", self._kept, size)
         if around.is_loop or around.has_norm:
             self._place(last, "dy", _SCRATCH, size)
 
     def _place_around(self, around: Around, dim: int) -> None:
         n, parts, rank = self._shape[0] * self._shape[1], self._shape[2], around.rank
-        self._place(AROUND, "low", _KEPT, n * rank)
-        self._place(AROUND, "norm_scales", _KEPT, n)
+        self._place(OUTSIDE, "low", self._kept, n * rank)
+        self._place(OUTSIDE, "norm_scales", self._kept, n)
         for name in ("branches", "apart") if around.is_loop else ():
-            self._place(AROUND, name, _SCRATCH, n * dim)
+            self._place(OUTSIDE, name, _SCRATCH, n * dim)
         for name in ("scaled_low", "dlow"):
-            self._place(AROUND, name, _SCRATCH, n * rank)
+            self._place(OUTSIDE, name, _SCRATCH, n * rank)
         widths = around.widths(dim)
-        self._place_gains(AROUND, "gains", parts, widths)
+        self._place_gains(OUTSIDE, "gains", parts, widths)
         for name in widths:
-            cell = self._cell(AROUND, f"d{name}")
-            self._words[cell], self._counted_from[cell] = 4 * self.gains[AROUND, name].start, _GAINS_MEMORY
+            cell = self._cell(OUTSIDE, f"d{name}")
+            self._words[cell], self._counted_from[cell] = 4 * self.gains[OUTSIDE, name].start, _GAINS_MEMORY
         numbers = {"dim": dim, "rank": rank, "n_gains": sum(widths.values())}
         for name, number in numbers.items():
-            self._words[self._cell(AROUND, name)] = number
+            self._words[self._cell(OUTSIDE, name)] = number
         record = self._words[self._n * _PASS_WORDS :].view(AROUND_PASS)
         record["halt_eps"], record["norm_eps"] = around.halt_eps, around.norm_eps
 
@@ -295,52 +321,24 @@ class StagePlan:
     def __init__(self, blocks: Sequence[Block], known: Sequence[Known], around: Around) -> None:
         self.layers = [LayerPlan(block, own) for block, own in zip(blocks, known, strict=True)]
         self.around, self._dim = around, blocks[0].attn_norm.weight.shape[0]
-        self._layouts: dict[tuple[int, int, int], Layout] = {}
-        self._free: list[Array] = []
+        self._layouts: dict[tuple[Any, ...], Layout] = {}
+        self.pool = Pool(len(blocks) * MOST_HELD)
+        """For what passes keep."""
 
-    def layout(self, x: Tensor, parts: int) -> Layout:
+    def layout(self, x: Tensor, parts: int, *, keep: bool = True) -> Layout:
         """Where everything lies in a pass over x (batch, seq, dim) that is done in so many parts."""
-        shape = x.shape[0], x.shape[1], parts
-        if shape not in self._layouts:
-            if len(self._layouts) == _MOST_LAYOUTS:
+        key = x.shape[0], x.shape[1], parts, keep
+        found = self._layouts.get(key)
+        if found is None:
+            if len(self._layouts) >= _MOST_LAYOUTS:
                 self._layouts.clear()
-            self._layouts[shape] = Layout(self.layers, self.around, self._dim, shape)
-        return self._layouts[shape]
+            found = self._layouts[key] = Layout(self.layers, self.around, self._dim, key[:3], keep=keep)
+        return found
 
     def described(self, weights: Sequence[Mapping[str, Tensor]], *, gradients: bool = False) -> npt.NDArray[Any]:
         """The layers as compiled code knows them; see `LayerPlan.described`."""
         lines = [layer.described(own, gradients=gradients) for layer, own in zip(self.layers, weights, strict=True)]
         return np.concatenate(lines).view(LAYER)
-
-    def room(self, size: int) -> Tensor:
-        """So many numbers, for all that a pass keeps. Memory is used again once nobody has the tensor any more.
-
-        To get it from the system for every pass took a fifth of a small model's step: it comes page by page. What is
-        too small is given back, so that there are never more pieces than were in use at once.
-        """
-        if size > _MOST_HELD:
-            return torch.empty(size, dtype=torch.float32, device="cpu")
-        memory = self._free.pop() if self._free else None
-        if memory is None or memory.size < size:
-            memory = np.empty(size, np.float32)
-        lent = memory[:size]
-        finalize(lent, self._free.append, memory).atexit = False
-        return torch.from_numpy(lent)
-
-
-class Scratch(threading.local):
-    """Memory that a pass needs while it runs; each thread has its own."""
-
-    buffer = torch.empty(0, dtype=torch.float32, device="cpu")
-
-    def room(self, size: int) -> Tensor:
-        """So many numbers, until the next call."""
-        buffer = self.buffer
-        if buffer.numel() < size:
-            buffer = torch.empty(size, dtype=torch.float32, device="cpu")
-            if size <= _MOST_HELD:
-                self.buffer = buffer
-        return buffer
 
 
 def weights_of(block: Block, known: Known) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Which layers compiled code computes in a pass over whole sequences.
+"""Which layers and loops compiled code computes in a pass over whole sequences.
 
 Main entry: `ManyRows`.
 """
@@ -28,7 +28,7 @@ class ManyRows:
     """For one pass: the stand-ins, found when first asked for; weights may change between passes only."""
 
     def __init__(self) -> None:
-        self._found: dict[nn.Module, StandIn | None] = {}
+        self._found: dict[tuple[nn.Module, ...], StandIn | None] = {}
         self._threads: Threads | None = None
 
     def layer(self, block: Block, x: Tensor, context: ForwardContext) -> StandIn | None:
@@ -40,35 +40,35 @@ class ManyRows:
         """
         if not _serves([block], [x], context):
             return None
-        if block not in self._found:
+        if (block,) not in self._found:
             from open_mythos.model.many_rows.function import WholeStage
 
             threads = self._threads_for(_is_known(block))
-            self._found[block] = None if threads is None else WholeStage(block, [block], threads)
-        return self._found[block]
+            self._found[block,] = None if threads is None else WholeStage(block, [block], threads)
+        return self._found[block,]
 
     def stage(self, blocks: nn.ModuleList, norm: RMSNorm, x: Tensor, context: ForwardContext) -> StandIn | None:
         """What computes blocks and a norm after them; None as for a layer, or if anybody looks at one of them."""
-        layers: list[Block] = list(blocks)  # type: ignore[arg-type]
-        if not layers or not _serves(layers, [x], context):
+        if not len(blocks) or not _serves(blocks, [x], context):
             return None
-        if blocks not in self._found:
+        if (blocks, norm) not in self._found:
             from open_mythos.model.many_rows.function import WholeStage
 
-            threads = self._threads_for(type(norm) is RMSNorm and collect(blocks, []) and collect(norm, []))
-            self._found[blocks] = None if threads is None else WholeStage(blocks, layers, threads, norm)
-        return self._found[blocks]
+            known = type(norm) is RMSNorm and norm.weight.shape == x.shape[-1:]
+            threads = self._threads_for(known and collect(blocks, []) and collect(norm, []))
+            self._found[blocks, norm] = None if threads is None else WholeStage(blocks, blocks, threads, norm)
+        return self._found[blocks, norm]
 
     def loop(self, recurrent: RecurrentBlock, h: Tensor, e: Tensor, context: ForwardContext) -> StandIn | None:
         """What computes a loop, its entries, its experts' loads and who halts by what; None as for a layer."""
-        if not _serves(recurrent.blocks, [h, e], context):  # type: ignore[arg-type]
+        if not len(recurrent.blocks) or not _serves(recurrent.blocks, [h, e], context):
             return None
-        if recurrent not in self._found:
+        if (recurrent,) not in self._found:
             from open_mythos.model.many_rows.function import WholeLoop
 
-            threads = self._threads_for(_is_known(recurrent))
-            self._found[recurrent] = None if threads is None else WholeLoop(recurrent, threads)
-        return self._found[recurrent]
+            threads = self._threads_for(_is_known(recurrent) and _has_sizes(recurrent, h.shape[-1]))
+            self._found[recurrent,] = None if threads is None else WholeLoop(recurrent, threads)
+        return self._found[recurrent,]
 
     def _threads_for(self, known: bool) -> Threads | None:
         """What a stand-in runs on for something that is `known` or not; None where it must not have one."""
@@ -88,7 +88,23 @@ def _is_known(module: nn.Module) -> bool:
     return module in known
 
 
-def _serves(blocks: Iterable[Block], streams: Sequence[Tensor], context: ForwardContext) -> bool:
+def _has_sizes(recurrent: RecurrentBlock, dim: int) -> bool:
+    """Whether what stands around the layers has the sizes that it is made with: others PyTorch may broadcast."""
+    injection, embedding, adapter = recurrent.injection, recurrent.loop_embedding, recurrent.adapter
+    expected: list[tuple[Tensor | None, tuple[int, ...]]]
+    expected = [(injection.log_a, (dim,)), (injection.log_dt, (dim,)), (injection.B, (dim,))]
+    if embedding is not None:
+        expected.append((embedding.weight, (len(embedding.decays), dim)))
+    if adapter is not None:
+        rank = len(adapter.down.weight)
+        expected += [(adapter.down.weight, (rank, dim)), (adapter.up.weight, (dim, rank))]
+        expected += [(weight, (rank,)) for weight in (adapter.settled, adapter.transient, adapter.decay_logit)]
+    if recurrent.act is not None:
+        expected += [(recurrent.act.halt.weight, (1, dim)), (recurrent.act.halt.bias, (1,))]
+    return all(weight is not None and weight.shape == shape for weight, shape in expected)
+
+
+def _serves(blocks: Iterable[nn.Module], streams: Sequence[Tensor], context: ForwardContext) -> bool:
     """Whether compiled code may compute what these blocks would make of such streams, if it knows them."""
     if torch.compiler.is_compiling() or elementary_only() or forward_ad._current_level >= 0:
         return False
