@@ -18,7 +18,7 @@ from open_mythos.model.few_rows.layers import LAYER, Known
 from open_mythos.model.latent_attention import MLAttention
 from open_mythos.model.many_rows.around import AROUND_PASS, AROUND_WEIGHTS
 from open_mythos.model.many_rows.memory import MOST_HELD, Pool
-from open_mythos.model.many_rows.views import KEPT, PASS, SCRATCH
+from open_mythos.model.many_rows.views import KEPT, PASS, SCRATCH, SCRATCH_BACK
 from open_mythos.model.rows import Array, Rows, as_dimensions
 
 _GAINS = ("attn_gain", "ffn_gain", "qk_gain", "q_gain", "kv_gain")
@@ -107,7 +107,7 @@ class LayerPlan:
             "dexpert_gates": slots,
             "dexpert_ups": slots,
         }
-        self.per_row = {name: kept[name] for name in KEPT}, {name: scratch[name] for name in SCRATCH}
+        self.per_row = {**kept, **scratch}
         """Numbers for each position, of what is kept and of what is needed for a moment."""
         names = self.names = tuple(weights_of(block, known))
         """Of the weights, in the order in which passes are given them."""
@@ -202,7 +202,7 @@ class Layout:
 
         Unless the way back needs it and asks to `keep` it, what a layer finds makes room for what the next one does.
         """
-        self._kept = _KEPT if keep else _SCRATCH
+        self._keep, self._kept = keep, _KEPT if keep else _SCRATCH
         self._n = len(layers)
         # Addresses are counted from the beginning of a piece of memory, and nothing else from 0.
         self._words = np.zeros(self._n * _PASS_WORDS + AROUND_PASS.itemsize // 8, np.int64)
@@ -221,6 +221,8 @@ class Layout:
         self._sizes[_SCRATCH] = most
         self._place_streams(around, dim)
         self._place_around(around, dim)
+        if keep:
+            self._place_gradients(around, dim)
         self.sizes = Sizes(*self._sizes[1:])
 
     def _cell(self, k: int, name: str) -> int:
@@ -238,11 +240,10 @@ class Layout:
 
     def _place_layer(self, k: int, layer: LayerPlan) -> None:
         batch, seq, parts = self._shape
-        n, (kept, scratch) = batch * seq, layer.per_row
-        for name, width in kept.items():
-            self._place(k, name, self._kept, n * width)
-        for name, width in scratch.items():
-            self._place(k, name, _SCRATCH, n * width)
+        n, scratch = batch * seq, (*SCRATCH, *SCRATCH_BACK) if self._keep else SCRATCH
+        for names, memory in ((KEPT, self._kept), (scratch, _SCRATCH)):
+            for name in names:
+                self._place(k, name, memory, n * layer.per_row[name])
         for name, integers in (("ends", parts * layer.n_experts), ("owners", n * layer.top_k)):
             self._place(k, name, _COUNTED, 2 * integers)
         start = self._sizes[_COUNTED] // 2
@@ -263,32 +264,39 @@ class Layout:
         self._place(k, name, _GAINS_MEMORY, lines * sum(widths.values()))
 
     def _place_streams(self, around: Around, dim: int) -> None:
-        """What goes from layer to layer, and its gradients; what is neither placed here nor a layer's own is given."""
+        """What goes from layer to layer; what is neither placed here nor a layer's own is given."""
         size, last = self._shape[0] * self._shape[1] * dim, self._n - 1
         if around.is_loop:
             self._place(0, "x", self._kept, size)
-            self._place(0, "dx", _SCRATCH, size)
         for k in range(last):
-            if k > 1 and self._kept == _SCRATCH:
+            if k > 1 and not self._keep:
                 self._same(k, "y", k - 2, "y")
             else:
                 self._place(k, "y", self._kept, size)
             self._same(k + 1, "x", k, "y")
-            self._place(k, "dy", _SCRATCH, size)
-            self._same(k + 1, "dx", k, "dy")
         if around.changes_stream:
             self._place(last, "y", self._kept, size)
+
+    def _place_gradients(self, around: Around, dim: int) -> None:
+        """Of streams, and what goes around the layers."""
+        n, last = self._shape[0] * self._shape[1], self._n - 1
+        if around.is_loop:
+            self._place(0, "dx", _SCRATCH, n * dim)
+            self._place(OUTSIDE, "apart", _SCRATCH, n * dim)
+            self._place(OUTSIDE, "dlow", _SCRATCH, n * around.rank)
+        for k in range(last):
+            self._place(k, "dy", _SCRATCH, n * dim)
+            self._same(k + 1, "dx", k, "dy")
         if around.is_loop or around.has_norm:
-            self._place(last, "dy", _SCRATCH, size)
+            self._place(last, "dy", _SCRATCH, n * dim)
 
     def _place_around(self, around: Around, dim: int) -> None:
         n, parts, rank = self._shape[0] * self._shape[1], self._shape[2], around.rank
         self._place(OUTSIDE, "low", self._kept, n * rank)
         self._place(OUTSIDE, "norm_scales", self._kept, n)
-        for name in ("branches", "apart") if around.is_loop else ():
-            self._place(OUTSIDE, name, _SCRATCH, n * dim)
-        for name in ("scaled_low", "dlow"):
-            self._place(OUTSIDE, name, _SCRATCH, n * rank)
+        if around.rank:
+            self._place(OUTSIDE, "branches", _SCRATCH, n * dim)
+            self._place(OUTSIDE, "scaled_low", _SCRATCH, n * rank)
         widths = around.widths(dim)
         self._place_gains(OUTSIDE, "gains", parts, widths)
         for name in widths:

@@ -20,13 +20,14 @@ KEPT = (
     *("ffn_scales", "gates", "ups", "logits", "factors", "expert_gates", "expert_ups"),
 )
 """What the way back needs."""
-SCRATCH = (
-    *("normed", "dnormed", "draw", "dq", "dkeys", "dvalues", "dmixed"),
-    *("low", "dlow", "latents", "dlatents", "dkv", "dlatent"),
-    *("scaled_dmiddle", "dmiddle", "ffn_normed", "scaled_dy", "hidden", "dgates", "dups", "dlogits"),
-    *("dhidden", "rows", "drows", "row_grads", "expert_hidden", "dexpert_hidden", "dexpert_gates", "dexpert_ups"),
+SCRATCH = ("normed", "low", "latents", "dkv", "ffn_normed", "hidden", "rows", "expert_hidden")
+"""What is needed for a moment, both ways. On the way there, `dkv` has the keys and values of latents themselves."""
+SCRATCH_BACK = (
+    *("dnormed", "draw", "dq", "dkeys", "dvalues", "dmixed", "dlow", "dlatents", "dlatent"),
+    *("scaled_dmiddle", "dmiddle", "scaled_dy", "dgates", "dups", "dlogits", "dhidden"),
+    *("drows", "row_grads", "dexpert_hidden", "dexpert_gates", "dexpert_ups"),
 )
-"""What is needed for a moment. On the way there, `dkv` has the keys and values of latents themselves."""
+"""The same, on the way back alone."""
 COUNTED = ("ends", "owners", "loads")
 """Integers: where the slots of each part's experts end, whose they are, and how many of these are active."""
 GIVEN = (
@@ -49,7 +50,7 @@ SIZES = (
     "rotary_width",
     "n_gains",
 )
-PASS = np.dtype([(name, np.int64) for name in (*KEPT, *SCRATCH, *COUNTED, *GIVEN, *SIZES)])
+PASS = np.dtype([(name, np.int64) for name in (*KEPT, *SCRATCH, *SCRATCH_BACK, *COUNTED, *GIVEN, *SIZES)])
 """Addresses and sizes of one pass."""
 PASSES = typeof(np.zeros(1, PASS))
 """What a step is given one of, to Numba."""
