@@ -37,6 +37,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"n_experts": 3, "n_experts_per_tok": 3, "routed_scale": 0.0},
     {"use_rope": False, "attention_sink": False, "qk_norm": False, "tie_embeddings": False},
     {"n_kv_heads": 4, "ffn_dim": 23, "expert_dim": 19},
+    {"dropout": 0.3},
+    {"dropout": 0.1, "recurrent_layers": 2, "state_init": "noise"},
 ]
 
 
@@ -61,6 +63,7 @@ def by_modules(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(model: OpenMythos, ids: Tensor, n_loops: int | Tensor) -> dict[str, Tensor]:
     """All that a pass gives, and the gradient of every parameter."""
     model.zero_grad()
+    torch.manual_seed(11)
     found = model(ids, n_loops, full_output=True)
     weights = torch.randn(found.logits.shape, generator=torch.Generator().manual_seed(3))
     ((found.logits * weights).sum() + found.ponder_cost).backward()
@@ -91,6 +94,19 @@ def test_a_pass_and_its_gradients_equal_those_of_the_modules(
     assert calls
     by_modules(monkeypatch)
     assert_same(found, run(other, ids, loops))
+
+
+def test_each_layer_drops_out_by_its_own_share_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(tiny_config("gqa", recurrent_layers=3, dropout=0.5))
+    ids, (first, second, third) = random_ids(model.config, 3, 13), model.recurrent.blocks
+    without = run(model, ids, 2)
+    first.dropout.train().p = 0.25
+    second.dropout.train().p = 0.0
+    assert third.dropout.p == 0.5
+    found = run(model, ids, 2)
+    assert not torch.equal(found["logits"], without["logits"])
+    by_modules(monkeypatch)
+    assert_same(found, run(model, ids, 2))
 
 
 @pytest.mark.parametrize("attn_type", ["gqa", "mla"])
@@ -513,16 +529,8 @@ def test_frozen_weights_get_no_gradient_and_inputs_alone_do() -> None:
 
 
 def test_what_is_not_known_goes_through_the_modules(calls: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model(tiny_config("gqa", dropout=0.1))
+    model = tiny_model(tiny_config("gqa"))
     ids = random_ids(model.config, 2, 9)
-    model.train()(ids, 1)
-    assert not calls, "it drops out"
-    for module in model.eval().modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.train()
-    model(ids, 1)
-    assert not calls, "some of it does"
-    model.eval()
     with torch.autocast("cpu", torch.bfloat16):
         model(ids, 1)
     with sdpa_kernel(SDPBackend.MATH):

@@ -29,7 +29,6 @@ def attend(
     *,
     scale: float,
     sink: Tensor | None = None,
-    dropout: float = 0.0,
     kernel: Kernel | None = None,
 ) -> Tensor:
     """Attention of q (B, Q, H, D) over k (B, S, K, D) and v (B, S, K, V); returns (B, Q, H, V).
@@ -38,25 +37,23 @@ def attend(
     gpt-oss (the idea is that of Xiao et al. 2023, arXiv 2309.17453).
     """
     k, v = k[:, mask.first_key :], v[:, mask.first_key :]
-    kernel = kernel or _pick_kernel(q, dropout)
+    kernel = kernel or _pick_kernel(q)
     if kernel == "flash_cpu":
         return _flash_cpu(q, k, v, mask, scale, sink)
     if kernel == "explicit":
-        return _explicit(q, k, v, mask, scale, sink, dropout)
-    return _sdpa(q, k, v, mask, scale, sink, dropout)
+        return _explicit(q, k, v, mask, scale, sink)
+    return _sdpa(q, k, v, mask, scale, sink)
 
 
-def _pick_kernel(q: Tensor, dropout: float) -> Kernel:
+def _pick_kernel(q: Tensor) -> Kernel:
     if elementary_only():
         return "explicit"
     if q.device.type != "cpu":
         return "sdpa"
-    return "explicit" if dropout > 0 or q.shape[1] < _FLASH_CPU_MIN_QUERIES else "flash_cpu"
+    return "explicit" if q.shape[1] < _FLASH_CPU_MIN_QUERIES else "flash_cpu"
 
 
-def _explicit(
-    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, sink: Tensor | None, dropout: float
-) -> Tensor:
+def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, sink: Tensor | None) -> Tensor:
     """Scores written out, one matrix product per key head and sequence; a single query has no mask to add."""
     (B, Q, H, D), (K, V) = q.shape, v.shape[2:]
     G = H // K
@@ -75,8 +72,6 @@ def _explicit(
     if own is not None:
         scores = torch.cat([scores, own.to(q.dtype).view(K, 1, G, 1, 1).expand(K, B, G, Q, 1)], -1)
     weights = scores.softmax(-1)
-    if dropout > 0:
-        weights = F.dropout(weights, dropout)
     values = values.reshape(K * B, -1, V)
     out = torch.bmm(weights.view(K * B, G * Q, -1)[..., : values.shape[1]], values)
     return out.view(K, B, G, Q, V).permute(1, 3, 0, 2, 4).reshape(B, Q, H, V)
@@ -91,9 +86,7 @@ def _bias_with_sink(mask: AttentionMask, sink: Tensor, q: Tensor) -> Tensor:
     return torch.cat([seen, logits], -1)
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, sink: Tensor | None, dropout: float
-) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, sink: Tensor | None) -> Tensor:
     """PyTorch's own dispatcher; the sink is one more key of zeros."""
     bias = mask.bias if mask.bias is None or mask.bias.dim() == 2 else mask.bias.unsqueeze(1)
     if sink is not None:
@@ -104,7 +97,6 @@ def _sdpa(
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=bias,
-        dropout_p=dropout,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )

@@ -49,8 +49,7 @@ class GQAttention(nn.Module):
 
     def _over(self, queries: tuple[Tensor, ...], seen: Entries, mask: AttentionMask) -> Tensor:
         (q,) = queries
-        dropout = self.config.dropout if self.training else 0.0
-        return attend(q, seen["k"], seen["v"], mask, scale=self.head_dim**-0.5, sink=self.sink, dropout=dropout)
+        return attend(q, seen["k"], seen["v"], mask, scale=self.head_dim**-0.5, sink=self.sink)
 
     def _project(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """Queries and keys side by side, (batch, seq, n_heads + n_kv_heads, head_dim), and values."""

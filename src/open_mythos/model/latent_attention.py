@@ -90,9 +90,8 @@ class MLAttention(nn.Module):
         return self._attend(torch.cat([q_nope, q_rope], -1), torch.cat([k_nope, k_rope], -1), v, mask)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-        dropout = self.config.dropout if self.training else 0.0
         scale = (self.nope_dim + self.rope_dim) ** -0.5
-        return attend(q, k, v, mask, scale=scale, sink=self.sink, dropout=dropout)
+        return attend(q, k, v, mask, scale=scale, sink=self.sink)
 
 
 def _per_head(x: Tensor, weight: Tensor) -> Tensor:

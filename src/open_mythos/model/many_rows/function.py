@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_mythos.model.arithmetic.compiled import Threads
@@ -41,6 +42,8 @@ class _Given(NamedTuple):
     n_before: int
     """Entries of the loop before, for what is not active."""
     active: Tensor | None
+    factors: list[Tensor]
+    """By which dropout multiplies what attention and then feed-forward of each layer add; none where nothing does."""
 
 
 class _Tensors(NamedTuple):
@@ -95,6 +98,8 @@ class _Stage:
             for own, weights in zip(known, self._weights, strict=True)
         ]
         self._plan, self._threads = plan_of(stage, layers, known, around), threads
+        self._dropped = [block.dropout.p if block.dropout.training else 0.0 for block in layers]
+        """The share of what each layer's branches add."""
 
     def run(
         self,
@@ -118,7 +123,7 @@ class _Stage:
             if first.loop > 0:
                 old = [tensor.contiguous() for address in addresses for tensor in store.before(address).values()]
         assert all(tensor.shape[:2] == x.shape[:2] for tensor in old), "what is read by its address must have its size"
-        given = _Given(plan, self._constants, context.rotations, self._threads, len(old), active)
+        given = _Given(plan, self._constants, context.rotations, self._threads, len(old), active, self._factors(x))
         tensors = _Tensors(x, old, dict(around), self._weights).flat
         if torch.is_grad_enabled():
             flat = _StagePass.apply(given, *tensors)
@@ -132,6 +137,13 @@ class _Stage:
             if context.expert_load is not None and layer.n_experts:
                 context.expert_load[address] = load.sum(0)
         return found.results
+
+    def _factors(self, x: Tensor) -> list[Tensor]:
+        """Of dropout, drawn as the modules would draw them."""
+        if not any(self._dropped):
+            return []
+        ones = torch.ones_like(x, requires_grad=False, memory_format=torch.contiguous_format)
+        return [F.dropout(ones, share) for share in self._dropped for _branch in ("attention", "feed-forward")]
 
 
 class WholeStage:
@@ -201,8 +213,9 @@ class _StagePass(torch.autograd.Function):
     def forward(ctx: Any, given: _Given, *flat: Tensor) -> tuple[Tensor, ...]:
         tensors = _Tensors.of(given, flat)
         found, kept = _forward(given, tensors, keep=True)
-        ctx.save_for_backward(given.active, *kept, *found.results, *found.entries, *tensors.flat)
-        ctx.given, ctx.parts, ctx.n_entries = given._replace(active=None), len(found.loads[0]), len(found.entries)
+        ctx.save_for_backward(given.active, *given.factors, *kept, *found.results, *found.entries, *tensors.flat)
+        ctx.given, ctx.parts = given._replace(active=None, factors=[]), len(found.loads[0])
+        ctx.n_factors, ctx.n_entries = len(given.factors), len(found.entries)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*found.loads)
         return (*found.results, *found.loads, *found.entries)
@@ -212,7 +225,8 @@ class _StagePass(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         results, n_entries = ctx.given.plan.around.results, ctx.n_entries
         saved = iter(ctx.saved_tensors)
-        given, kept = ctx.given._replace(active=next(saved)), list(islice(saved, 2))
+        given = ctx.given._replace(active=next(saved), factors=list(islice(saved, ctx.n_factors)))
+        kept = list(islice(saved, 2))
         found, entries = list(islice(saved, len(results))), list(islice(saved, n_entries))
         tensors = _Tensors.of(given, saved)
         placed = _placed(given, tensors, found, entries)
@@ -288,6 +302,8 @@ def _placed(given: _Given, tensors: _Tensors, results: Sequence[Tensor], entries
     plan = given.plan
     placed: _Placed = {(k, "active"): given.active for k in range(len(plan.layers))}
     placed |= {**_by_layer(plan, "entry", entries), **_by_layer(plan, "before", tensors.before)}
+    branches = [(k, f"{branch}_factors") for k in range(len(plan.layers)) for branch in ("attn", "ffn")]
+    placed |= dict(zip(branches, given.factors, strict=False))
     placed |= {(OUTSIDE, name): tensor for name, tensor in zip(plan.around.results, results, strict=True)}
     placed |= {(OUTSIDE, name): tensor for name, tensor in tensors.around.items()}
     placed[(OUTSIDE, "h") if plan.around.is_loop else (0, "x")] = tensors.x

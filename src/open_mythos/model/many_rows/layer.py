@@ -158,9 +158,22 @@ def feed(layers: Any, passes: Any, which: int, part: int) -> None:
     dim = out.shape[0]
     x, y, middle = rows_at(p.x, first, end, dim), rows_at(p.y, first, end, dim), rows_at(p.middle, first, end, dim)
     by_turned(rows_at(p.mixed, first, end, out.shape[1]), out, middle, False)
+    _drop(p.attn_factors, first, middle)
     add_residual(x, layer.branch_scale, middle)
     feed_rows(layer, p, part, middle, y)
+    _drop(p.ffn_factors, first, y)
     add_residual(middle, layer.branch_scale, y)
+
+
+@compiled
+def _drop(factors: int, first: int, branch: Array) -> None:
+    """Multiply, in place, rows from `first` on of what a branch adds, or of its gradient."""
+    if factors:
+        own = rows_at(factors, first, first + branch.shape[0], branch.shape[1])
+        for i in range(branch.shape[0]):
+            row, to = own[i], branch[i]
+            for j in range(to.shape[0]):
+                to[j] *= row[j]
 
 
 @shared(LAYERS, PASSES, "int64", "int64")
@@ -172,11 +185,13 @@ def feed_back(layers: Any, passes: Any, which: int, part: int) -> None:
     middle, dy = rows_at(p.middle, first, end, dim), rows_at(p.dy, first, end, dim)
     grad, dnormed = rows_at(p.scaled_dy, first, end, dim), rows_at(p.dnormed, first, end, dim)
     scaled(dy, layer.branch_scale, grad)
+    _drop(p.ffn_factors, first, grad)
     feed_rows_back(layer, p, part, middle, grad, dnormed)
     dmiddle, small = rows_at(p.dmiddle, first, end, dim), rows_at(p.scaled_dmiddle, first, end, dim)
     scales = numbers_at(p.ffn_scales, first, end)
     normalise_back(middle, gain, scales, dnormed, dy, dmiddle, gains_of(p, part, dim, dim))
     scaled(dmiddle, layer.branch_scale, small)
+    _drop(p.attn_factors, first, small)
     by(small, out, rows_at(p.dmixed, first, end, out.shape[1]), False)
 
 

@@ -34,9 +34,9 @@ class ManyRows:
     def layer(self, block: Block, x: Tensor, context: ForwardContext) -> StandIn | None:
         """What computes a block's output for x, its entries and its experts' load; None if the block has to.
 
-        It has to where it is not known fully: not float32, not on a CPU, hooked or patched inside; where it drops out;
-        under autocast; where it is traced or another than a first reverse derivative is wanted; where there is a cache;
-        and where x does not fit, to say so.
+        It has to where it is not known fully: not float32, not on a CPU, hooked or patched inside; under autocast;
+        where it is traced or another than a first reverse derivative is wanted; where there is a cache; and where x
+        does not fit, to say so.
         """
         if not _serves([block], [x], context):
             return None
@@ -115,11 +115,6 @@ def _serves(blocks: Iterable[nn.Module], streams: Sequence[Tensor], context: For
         if type(block) is not Block:
             return False
         expected = (*batch, context.n_new, block.attn_norm.weight.shape[0])
-        if _drops_out(block) or not all(x.shape == expected and x.numel() for x in streams):
+        if not all(x.shape == expected and x.numel() for x in streams):
             return False
     return all(x.dtype == torch.float32 and x.is_cpu for x in streams)
-
-
-def _drops_out(block: Block) -> bool:
-    between, within = block.dropout, block.attn
-    return (between.training and between.p > 0) or (within.training and within.config.dropout > 0)
