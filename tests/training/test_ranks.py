@@ -213,8 +213,8 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_torchrun_leaves_what_one_process_leaves(tmp_path: Path) -> None:
     out, logs, one = tmp_path / "run", tmp_path / "logs", tmp_path / "one"
-    # The recipe's noise as first state is each rank's own.
-    more = "--steps 6 --checkpoint-every 4 --sweep-every 3 --model.state-init input"
+    # The recipe's noise as first state, and what it drops, are each rank's own.
+    more = "--steps 6 --checkpoint-every 4 --sweep-every 3 --model.state-init input --model.dropout 0"
     command = [*["-m", "torch.distributed.run", "--nproc-per-node", "2", "--redirects", "3", "--log-dir"], str(logs)]
     command += ["--standalone", "-m", "open_mythos", *_words(out, more)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FORCE_COLOR": "1"}  # as on a terminal: spinners turn
@@ -289,6 +289,21 @@ def _out_of_memory_on(rank: int) -> None:
         if ranks.rank == rank:
             raise MemoryError("not enough")
         ranks.wait()
+
+
+def _fail_late_on(rank: int) -> None:
+    with joined(torch.device("cpu")) as ranks:
+        if ranks.rank == rank:
+            time.sleep(1)
+        raise ValueError("the same everywhere")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_late_says_nothing(tmp_path: Path, rank: int) -> None:
+    """Where the first rank had gone by then, PyTorch reported that what it had kept was no longer to be had."""
+    ended = on_ranks(2, tmp_path, _fail_late_on, rank)
+    assert [one.exit_code for one in ended] == [int(one != rank) for one in range(2)]
+    assert ended[rank].stderr == ""
 
 
 @pytest.mark.parametrize("rank", [0, 1])

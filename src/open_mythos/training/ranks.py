@@ -7,8 +7,9 @@ for one that has failed learns of it; over NCCL it waits until the launcher ends
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,6 +20,9 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
+
+_LEAVE_TOGETHER = 5.0
+"""Seconds that the first rank, which may keep what ranks tell each other of their end, waits for theirs."""
 
 
 class FailedElsewhere(SystemExit):
@@ -93,6 +97,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         raise FailedElsewhere(0) from error
     finally:
         dist.destroy_process_group()
+        _leave(store, Ranks(rank, world))
 
 
 def _is_first_to_fail(store: Store) -> bool:
@@ -100,3 +105,13 @@ def _is_first_to_fail(store: Store) -> bool:
         return store.add("open_mythos/failed", 1) == 1
     except RuntimeError:  # the process that keeps the store has gone, so it failed before
         return False
+
+
+def _leave(store: Store, ranks: Ranks) -> None:
+    """Let the rank go; the first one, which may keep the store, last: PyTorch reports every question to one that is gone."""
+    end = time.monotonic() + _LEAVE_TOGETHER
+    with suppress(RuntimeError):
+        gone = store.add("open_mythos/gone", 1)
+        while ranks.is_main and gone < ranks.world and time.monotonic() < end:
+            time.sleep(0.01)
+            gone = store.add("open_mythos/gone", 0)
