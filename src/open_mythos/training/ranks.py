@@ -108,7 +108,7 @@ def _is_first_to_fail(store: Store) -> bool:
 
 
 def _leave(store: Store, ranks: Ranks) -> None:
-    """Let the rank go; the first one, which may keep the store, last: PyTorch reports every question to one that is gone."""
+    """Let the rank go, the first last: it may keep the store, and PyTorch reports whoever asks one that is gone."""
     end = time.monotonic() + _LEAVE_TOGETHER
     with suppress(RuntimeError):
         gone = store.add("open_mythos/gone", 1)
