@@ -13,7 +13,7 @@ from open_mythos.recipes.run_config import TaskRun
 
 BASES: dict[str, dict[str, Any]] = {
     "parity": {
-        "model": {"n_experts": 0, "halting": "none"},
+        "model": {"n_experts": 0, "dropout": 0.0},
         "training": {"steps": 400},
         "sweep_lengths": [24, 96],
         "sweep_loops": [4, 6, 12, 32, 128],

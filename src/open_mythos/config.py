@@ -91,7 +91,8 @@ class MythosConfig:
     """How many times faster than the optimizer's rate the blocks' matrices move under Adam; None means 512 / `dim`, so
     that one rate serves every width (the rule of muP, Yang et al. 2022, arXiv 2203.03466)."""
     dropout: float = 0.0
-    """The share of what attention and feed-forward add to the stream that is left out, in training."""
+    """The share of what attention and feed-forward add to the stream that is left out in training, drawn anew in every
+    layer and loop; the rest is scaled up by `1 / (1 - dropout)`. Attention's weights never are."""
     norm_eps: float = 1e-6
     max_output_tokens: int = 4096
     """The most tokens that one `generate` call may add."""

@@ -51,6 +51,7 @@ VARIANTS = {
     "tutorial-mla": mythos_tutorial_mla(),
     "dense": MythosConfig(),
     "dense-mla": MythosConfig(attn_type="mla", v_head_dim=32, recurrent_layers=2),
+    "dropout": mythos_tiny().replace(dropout=0.1),
     "moe": MythosConfig(n_experts=16, expert_dim=48, n_experts_per_tok=4, qk_norm=False, halting="none"),
 }
 

@@ -4,8 +4,8 @@ Main entry: `saved_activations`. Counted by reading which operands each operatio
 kernel that does not store its weights. Against the storages that saved-tensor hooks see in float32 on a CPU, it came
 within 4% for GQA and MLA, dense and MoE, from 64 tokens on; tests/analysis/test_memory_plan.py holds it to 10%.
 Compiled layers, which take the place of PyTorch's on a CPU, keep half to two thirds of that (also held). Without them,
-under 48 tokens the CPU uses a kernel that stores `n_heads * seq_len` weights per token, which are not counted. Dropout,
-off by default, adds a byte per number it acts on.
+under 48 tokens the CPU uses a kernel that stores `n_heads * seq_len` weights per token, which are not counted. Dropout
+keeps a factor for each number that it acts on, as a CPU does; accelerators keep a byte.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ def _embedding_and_head(config: MythosConfig) -> int:
 
 
 def _layer(config: MythosConfig, *, moe: bool) -> int:
-    """The stream at both norms, their outputs, and what attention and feed-forward keep."""
+    """The stream at both norms, their outputs, what attention and feed-forward keep, and what of them is dropped."""
     feed_forward = _experts(config) if moe else 4 * config.ffn_hidden
-    return 4 * config.dim + _attention(config) + feed_forward
+    dropped = 2 * config.dim if config.dropout else 0
+    return 4 * config.dim + _attention(config) + feed_forward + dropped
 
 
 def _attention(config: MythosConfig) -> int:

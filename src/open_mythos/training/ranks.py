@@ -22,7 +22,8 @@ from torch.distributed.rendezvous import rendezvous
 T = TypeVar("T")
 
 _LEAVE_TOGETHER = 5.0
-"""Seconds that the first rank, which may keep what ranks tell each other of their end, waits for theirs."""
+"""Seconds that the first rank, which may keep what ranks tell each other of their end, waits for theirs: its own error
+comes so much later where another was killed, or waits for ever."""
 
 
 class FailedElsewhere(SystemExit):
@@ -87,17 +88,18 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     store, rank, world = next(rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    ranks = Ranks(rank, world)
     try:
         # One that left before the others had met all would look to them like a crash, which PyTorch reports by itself.
         dist.all_reduce(torch.zeros(1))
-        yield Ranks(rank, world)
+        yield ranks
     except BaseException as error:
         if _is_first_to_fail(store):
             raise
         raise FailedElsewhere(0) from error
     finally:
         dist.destroy_process_group()
-        _leave(store, Ranks(rank, world))
+        _leave(store, ranks)
 
 
 def _is_first_to_fail(store: Store) -> bool:

@@ -28,6 +28,9 @@ from open_mythos.model.rows import Array
 _Placed: TypeAlias = dict[tuple[int, str], Tensor | None]
 """What compiled code looks for, by layer and name; None is what there is not."""
 
+_FACTORS = ("attn_factors", "ffn_factors")
+"""Of a layer, in the order in which its modules draw them."""
+
 _scratch = Scratch()
 
 
@@ -43,7 +46,7 @@ class _Given(NamedTuple):
     """Entries of the loop before, for what is not active."""
     active: Tensor | None
     factors: list[Tensor]
-    """By which dropout multiplies what attention and then feed-forward of each layer add; none where nothing does."""
+    """What dropout multiplies branches by, attention's and then feed-forward's of each layer; empty where none does."""
 
 
 class _Tensors(NamedTuple):
@@ -99,7 +102,7 @@ class _Stage:
         ]
         self._plan, self._threads = plan_of(stage, layers, known, around), threads
         self._dropped = [block.dropout.p if block.dropout.training else 0.0 for block in layers]
-        """The share of what each layer's branches add."""
+        """The share of what each layer's branches add that is left out."""
 
     def run(
         self,
@@ -142,8 +145,8 @@ class _Stage:
         """Of dropout, drawn as the modules would draw them."""
         if not any(self._dropped):
             return []
-        ones = torch.ones_like(x, requires_grad=False, memory_format=torch.contiguous_format)
-        return [F.dropout(ones, share) for share in self._dropped for _branch in ("attention", "feed-forward")]
+        ones = torch.ones_like(x, memory_format=torch.contiguous_format)
+        return [F.dropout(ones, share) for share in self._dropped for _ in _FACTORS]
 
 
 class WholeStage:
@@ -302,8 +305,8 @@ def _placed(given: _Given, tensors: _Tensors, results: Sequence[Tensor], entries
     plan = given.plan
     placed: _Placed = {(k, "active"): given.active for k in range(len(plan.layers))}
     placed |= {**_by_layer(plan, "entry", entries), **_by_layer(plan, "before", tensors.before)}
-    branches = [(k, f"{branch}_factors") for k in range(len(plan.layers)) for branch in ("attn", "ffn")]
-    placed |= dict(zip(branches, given.factors, strict=False))
+    factors = [(k, name) for k in range(len(plan.layers)) for name in _FACTORS]
+    placed |= dict(zip(factors, given.factors, strict=True)) if given.factors else {}
     placed |= {(OUTSIDE, name): tensor for name, tensor in zip(plan.around.results, results, strict=True)}
     placed |= {(OUTSIDE, name): tensor for name, tensor in tensors.around.items()}
     placed[(OUTSIDE, "h") if plan.around.is_loop else (0, "x")] = tensors.x

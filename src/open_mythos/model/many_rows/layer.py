@@ -167,7 +167,7 @@ def feed(layers: Any, passes: Any, which: int, part: int) -> None:
 
 @compiled
 def _drop(factors: int, first: int, branch: Array) -> None:
-    """Multiply, in place, rows from `first` on of what a branch adds, or of its gradient."""
+    """`branch *= factors` from row `first` on, if there are any: dropout, of what a branch adds or of its gradient."""
     if factors:
         own = rows_at(factors, first, first + branch.shape[0], branch.shape[1])
         for i in range(branch.shape[0]):

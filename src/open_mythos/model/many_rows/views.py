@@ -34,8 +34,8 @@ GIVEN = (
     *("x", "y", "entry_0", "entry_1", "before_0", "before_1", "active", "attn_factors", "ffn_factors"),
     *("dx", "dy", "dentry_0", "dentry_1", "dbefore_0", "dbefore_1", "dsink", "gains"),
 )
-"""Entries are keys and values, or latents and nothing; those of the loop before serve where a row is not active. By the
-factors of dropout, what attention and feed-forward add is multiplied. What there is not has the address 0. Of gains,
+"""Entries are keys and values, or latents and nothing; those of the loop before serve where a row is not active.
+`attn_factors` and `ffn_factors` are what dropout multiplies branches by. What there is not has the address 0. Of gains,
 every part has a line, zeros before: both norms' of the layer, then those of attention's own."""
 SIZES = (
     "rotations",
