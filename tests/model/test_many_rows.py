@@ -590,7 +590,7 @@ def test_products_of_any_size_equal_numpys(add: bool) -> None:
     assert Threads().use()
     rng = np.random.default_rng(0)
     for _ in range(60):
-        rows, columns, depth = (int(n) for n in rng.integers(1, 150, 3))
+        rows, columns, depth = (int(n) for n in rng.integers(1, (400, 150, 400)))
         x, w, y = (rng.standard_normal(s, dtype=np.float32) for s in ((rows, depth), (depth, columns), (rows, columns)))
         for product, other in ((products.by, w), (products.by_turned, np.ascontiguousarray(w.T))):
             out = y.copy()

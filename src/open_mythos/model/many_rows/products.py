@@ -1,6 +1,8 @@
 """Products of whole matrices, all contiguous.
 
-Main entries: `by`, `by_turned` and `across`.
+Main entries: `by`, `by_turned` and `across`. Of many rows, a panel of the other matrix at a time is copied together:
+rows of a wide matrix lie as far apart as numbers that take each other's place in a cache, and long columns do not fit
+into one.
 """
 
 from __future__ import annotations
@@ -8,9 +10,14 @@ from __future__ import annotations
 import numpy as np
 
 from open_mythos.model.arithmetic.compiled import compiled
+from open_mythos.model.arithmetic.product import PANEL, flat, moved, product
 from open_mythos.model.arithmetic.product import by_turned as whole_by_turned
-from open_mythos.model.arithmetic.product import flat, product
 from open_mythos.model.rows import Array
+
+_MANY = 96
+"""From how many rows on copying pays."""
+_DEEP = 256
+"""How many rows of a panel are copied together."""
 
 
 @compiled
@@ -18,7 +25,10 @@ def by(x: Array, matrix: Array, out: Array, add: bool) -> None:
     """`out = x @ matrix`, or with `add` `out += x @ matrix`; (rows, depth) by (depth, columns)."""
     rows, depth = x.shape
     columns = matrix.shape[1]
-    product(flat(x), 0, depth, 1, flat(matrix), 0, columns, flat(out), 0, columns, rows, columns, depth, int(add))
+    if rows < _MANY:
+        product(flat(x), 0, depth, 1, flat(matrix), 0, columns, flat(out), 0, columns, rows, columns, depth, int(add))
+    else:
+        _by_panels(flat(x), 0, depth, 1, matrix, flat(out), 0, rows, add)
 
 
 @compiled
@@ -33,4 +43,25 @@ def across(x: Array, y: Array, first: int, end: int, out: Array, add: bool) -> N
     depth, width = x.shape
     columns = y.shape[1]
     rows, target = end - first, first * columns
-    product(flat(x), first, 1, width, flat(y), 0, columns, flat(out), target, columns, rows, columns, depth, int(add))
+    if depth < _MANY:
+        own, into = flat(x), flat(out)
+        product(own, first, 1, width, flat(y), 0, columns, into, target, columns, rows, columns, depth, int(add))
+    else:
+        _by_panels(flat(x), first, 1, width, y, flat(out), target, rows, add)
+
+
+@compiled
+def _by_panels(
+    a: Array, a_first: int, a_row: int, a_column: int, b: Array, out: Array, target: int, rows: int, add: bool
+) -> None:
+    """`out (+)= a @ b`, so many rows of a, which begins at `a_first` as out does at `target`; as `product` reads a."""
+    depth, columns = b.shape
+    panel = np.empty(min(_DEEP, depth) * PANEL, np.float32)
+    for first in range(0, depth, _DEEP):
+        deep, own = min(_DEEP, depth - first), a_first + first * a_column
+        for column in range(0, columns, PANEL):
+            width, to = min(PANEL, columns - column), target + column
+            moved(flat(b), first * columns + column, columns, panel, 0, PANEL, deep, width, np.float32(1))
+            product(
+                a, own, a_row, a_column, panel, 0, PANEL, out, to, columns, rows, width, deep, int(add or first > 0)
+            )
