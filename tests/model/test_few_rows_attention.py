@@ -15,7 +15,7 @@ from open_mythos.model.rows import Array, Rows
 
 @pytest.fixture(scope="module", autouse=True)
 def _named() -> None:
-    Threads().use()
+    Threads().use("few_rows")
 
 
 def _random(seed: int, *shape: int) -> Array:

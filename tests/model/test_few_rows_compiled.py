@@ -51,3 +51,19 @@ def test_pytorch_keeps_its_number_of_threads() -> None:
         "torch.set_num_threads(2); threads.use(); assert torch.get_num_threads() == 2 >= threads.n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("task", "seq", "waiting"),
+    [("model(ids, 2).sum().backward()", 40, {"few_rows"}), ("model.generate(ids, 2, 2)", 1, set())],
+)
+def test_only_what_is_needed_is_compiled(task: str, seq: int, waiting: set[str]) -> None:
+    """In a process of its own: a function without its name would end it. What is not imported does not wait."""
+    code = (
+        "import torch; from open_mythos import OpenMythos; from open_mythos.model.arithmetic import compiled; "
+        "from open_mythos.presets import mythos_tiny; torch.set_num_threads(1); "
+        f"model, ids = OpenMythos(mythos_tiny()), torch.ones(1, {seq}, dtype=torch.long); "
+        f"{task}; left = {{package for package, waiting in compiled._to_be_named.items() if waiting}}; "
+        f"assert left == {waiting}, left"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

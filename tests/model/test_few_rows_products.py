@@ -25,10 +25,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     use = Threads()
-    use.use()
+    use.use("few_rows")
     yield use.n
     torch.set_num_threads(before)
-    use.use()
+    use.use("few_rows")
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 6, 7, 10, 31, 32, 47, 48, 49, 64])
@@ -104,7 +104,7 @@ def _swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
     parts=st.integers(1, 4),
 )
 def test_experts_with_few_rows_and_with_many_in_one_call(lengths: list[int], dim: int, width: int, parts: int) -> None:
-    Threads().use()
+    Threads().use("few_rows")
     ends, n, n_experts = np.cumsum(lengths).astype(np.int64), sum(lengths), len(lengths)
     x, factors, before = _random(0, n, dim), _random(1, n), _random(2, n // 2 + 1, dim)
     gate, up, down = (_random(k, n_experts, width, dim) / np.float32(dim**0.5) for k in (3, 4, 5))

@@ -81,7 +81,7 @@ class _Notice(Listener):
         module = event.data["dispatcher"].py_func.__module__ or ""
         if not self._said and module.startswith(__package__.rpartition(".")[0]):
             self._said = True
-            _log.warning("Compiling the layers for this processor: once, for up to a minute.")
+            _log.warning("Compiling the layers for this processor: once, for about a minute.")
 
     def on_end(self, event: Event) -> None:
         pass
@@ -102,16 +102,17 @@ parallel = partial(compiled, threads=True)
 """The same for one that has `prange`."""
 
 
-_to_be_named: list[Callable[[], None]] = []
-"""What gives shared functions their names, where it has not been done yet."""
+_to_be_named: dict[str, list[Callable[[], None]]] = {package: [] for package in _COMPILED}
+"""What gives each package's shared functions their names, where it has not been done yet."""
 _naming = Lock()
 
 
 def shared(*kinds: str | types.Type) -> Callable[[_Function], _Function]:
     """A function that others call by its name, so that it is compiled once and not again with each of them.
 
-    It can be called by compiled functions only, after `Threads.use`, which gives it its name: before that a call ends
-    the process. `kinds` are those of its parameters, in Numba's words or as its types; it returns nothing.
+    It can be called by compiled functions only, of its own package or any if it is one of `arithmetic`, after
+    `Threads.use`, which gives it its name: before that a call ends the process. `kinds` are those of its parameters, in
+    Numba's words or as its types; it returns nothing.
     """
 
     def wrap(function: _Function) -> _Function:
@@ -136,7 +137,7 @@ def shared(*kinds: str | types.Type) -> Callable[[_Function], _Function]:
         context = inspect.Parameter("_context", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         parameters = inspect.signature(function).parameters.values()
         call.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
-        _to_be_named.append(give_name)
+        _to_be_named[function.__module__.split(".")[-2]].append(give_name)
         return intrinsic(call)  # type: ignore[return-value]
 
     return wrap
@@ -149,11 +150,11 @@ def _kind(kind: str | types.Type) -> types.Type:
     return parsed
 
 
-def _name_all() -> None:
+def _name_all(package: str) -> None:
     with _naming:
-        while _to_be_named:  # in the order in which they were written: some call others
-            _to_be_named[0]()
-            del _to_be_named[0]
+        while waiting := _to_be_named[package]:  # in the order in which they were written: some call others
+            waiting[0]()
+            del waiting[0]
 
 
 @compiled
@@ -169,10 +170,11 @@ class Threads:
     lock: AbstractContextManager[object]
     """To be held while they run."""
 
-    def use(self) -> bool:
-        """Let what this thread calls run, on as many threads as PyTorch does, where there are as many.
+    def use(self, package: str = "arithmetic") -> bool:
+        """Let what this thread calls of a package run, on as many threads as PyTorch does, where there are as many.
 
-        False, and nothing may be called, in a process forked from one that had started its threads.
+        What it shares is then compiled. False, and nothing may be called, in a process forked from one that had started
+        its threads.
         """
         pid, most, self.lock = _start()
         if pid != os.getpid():
@@ -180,8 +182,9 @@ class Threads:
         self.n = min(torch.get_num_threads(), most)
         if get_num_threads() != self.n:
             set_num_threads(self.n)
-        if _to_be_named:
-            _name_all()
+        for needed in ("arithmetic", package):
+            if _to_be_named[needed]:
+                _name_all(needed)
         return True
 
 

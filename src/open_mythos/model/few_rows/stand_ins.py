@@ -62,7 +62,7 @@ class FewRows:
         """
         if self._threads is None or n_positions > _MOST or longest > max(_MOST_KEYS, _MOST_PAIRS // n_positions):
             return {}
-        if torch.is_autocast_enabled("cpu") or not self._threads.use():
+        if torch.is_autocast_enabled("cpu") or not self._threads.use("few_rows"):
             return {}
         return self._found
 

@@ -78,7 +78,7 @@ class ManyRows:
 
         if self._threads is None:
             self._threads = Threads()
-        return self._threads if self._threads.use() else None
+        return self._threads if self._threads.use("many_rows") else None
 
 
 def _is_known(module: nn.Module) -> bool:
